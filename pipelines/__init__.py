@@ -1,0 +1,1 @@
+"""Raw text to token shards on Ray Data; knows nothing of models."""
