@@ -1,0 +1,372 @@
+"""Run a stage once: a folder of Parquet parts that a manifest closes.
+
+A stage cuts its input into units (a file, a group of files, a part of the stage before). Each unit becomes one part,
+written whole by one Ray Data task, and leaves a receipt with its counts. A stage that was killed finds the receipts and
+goes on with the units that lack one; the manifest, written last, says which settings and which inputs made the folder,
+so that a second run redoes nothing and a changed setting redoes the stage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from pipelines import storage
+from pipelines.documents import SCHEMA, SET_ASIDE_SCHEMA
+
+log = logging.getLogger("ingot")
+
+MANIFEST = "manifest.json"
+_RECEIPTS = "_receipts"
+_UNFINISHED = "_unfinished.json"
+
+
+class Output(NamedTuple):
+    """What a unit's work yields, batch by batch.
+
+    Attributes:
+        kept: rows for the part.
+        set_aside: rows of SET_ASIDE_SCHEMA with the reason they went, or None.
+        documents_in: records read to make this batch.
+        bytes_in: bytes of them.
+    """
+
+    kept: pa.Table
+    set_aside: pa.Table | None
+    documents_in: int
+    bytes_in: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One task's share of a stage.
+
+    Attributes:
+        name: file name of its part, without the extension.
+        arguments: keyword arguments of the stage's work function.
+        labels: facts copied into the part's entry of the manifest.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    labels: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A folder, and everything that decides what has to be in it.
+
+    Attributes:
+        name: the stage's name in logs and errors.
+        folder: URI of its folder.
+        settings: everything that changes the output (a dataclass or a plain mapping).
+        inputs: fingerprints of what it reads, by name.
+        version: raised when the code of the stage changes what it writes.
+    """
+
+    name: str
+    folder: str
+    settings: Any
+    inputs: dict[str, str]
+    version: int = 1
+
+    @property
+    def plain_settings(self) -> dict[str, Any]:
+        """The settings as they stand in the manifest."""
+        return json.loads(json.dumps(_plain(self.settings)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the output; equal fingerprints mean equal output."""
+        parts = [self.name, self.version, self.plain_settings, self.inputs]
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+    def finished(self) -> dict[str, Any] | None:
+        """The manifest when the folder holds this stage's output, else None; says why a finished folder is stale."""
+        manifest = read_manifest(self.folder)
+        if manifest is None:
+            return None
+        if manifest["fingerprint"] == self.fingerprint:
+            return manifest
+        log.info("%s: redone, because %s", self.name, "; ".join(self._changes(manifest)) or "its code changed")
+        return None
+
+    def _changes(self, manifest: Mapping[str, Any]) -> Iterator[str]:
+        before, now = _flat(manifest.get("settings", {})), _flat(self.plain_settings)
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                yield f"{key} changed from {before.get(key)!r} to {now.get(key)!r}"
+        for name in sorted(manifest.get("inputs", {}).keys() | self.inputs.keys()):
+            if manifest.get("inputs", {}).get(name) != self.inputs.get(name):
+                yield f"its input {name} changed"
+
+    def begin(self) -> None:
+        """Make the folder ready: empty, unless it holds an unfinished run of the very same stage."""
+        marker = storage.join(self.folder, _UNFINISHED)
+        same = storage.exists(marker) and storage.read_json(marker) == self.fingerprint
+        if not same:
+            storage.delete(self.folder)
+            storage.write_json(marker, self.fingerprint)
+
+    def publish(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Close the folder with its manifest; ``manifest`` holds what is special to the stage."""
+        whole = {
+            "stage": self.name,
+            "fingerprint": self.fingerprint,
+            "settings": self.plain_settings,
+            "inputs": self.inputs,
+            "version": ingot_version(),
+            "created": time.time(),
+            **manifest,
+        }
+        storage.write_json(storage.join(self.folder, MANIFEST), whole)
+        storage.delete(storage.join(self.folder, _RECEIPTS))
+        storage.delete(storage.join(self.folder, _UNFINISHED))
+        return whole
+
+
+def ingot_version() -> str:
+    """Version of the installed package, or ``source`` when it runs from a shipped working directory."""
+    try:
+        return version("ingot")
+    except PackageNotFoundError:
+        return "source"
+
+
+def read_manifest(folder: str) -> dict[str, Any] | None:
+    """The manifest of a finished folder, or None."""
+    path = storage.join(folder, MANIFEST)
+    return storage.read_json(path) if storage.exists(path) else None
+
+
+def require_manifest(folder: str, job: str) -> dict[str, Any]:
+    """The manifest of a folder that another job has to have finished.
+
+    Raises:
+        FileNotFoundError: it is not there; the message says which job makes it.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise FileNotFoundError(f"{folder}: no manifest.json, so nothing finished is there; run `ingot {job}` first")
+    return manifest
+
+
+def part_uris(folder: str, manifest: Mapping[str, Any]) -> list[str]:
+    """URIs of a finished stage's parts, in order."""
+    return [storage.join(folder, part["file"]) for part in manifest["parts"]]
+
+
+def read_part(uri: str, rows: int = 1024, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """A part's rows as tables of at most ``rows`` rows."""
+    for batch in storage.open_parquet(uri).iter_batches(batch_size=rows, columns=columns):
+        yield pa.Table.from_batches([batch])
+
+
+def text_bytes(table: pa.Table) -> int:
+    """UTF-8 bytes of the ``text`` column."""
+    return pc.sum(pc.binary_length(table["text"])).as_py() or 0
+
+
+def run_stage(
+    stage: Stage,
+    units: list[Unit],
+    work: Callable[..., Iterable[Output]],
+    *,
+    schema: pa.Schema = SCHEMA,
+    set_aside_share: float = 1.0,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run ``work`` over all units that are not done yet, and close the folder.
+
+    Args:
+        stage: folder, settings and inputs.
+        units: the stage's input in order; the manifest lists the parts in the same order.
+        work: called in a Ray Data task as ``work(**unit.arguments)``; yields Output batches in order.
+        schema: of the parts.
+        set_aside_share: share of the set-aside rows that is stored; the counts are always those of all.
+        extra: further entries of the manifest.
+
+    Returns:
+        The manifest.
+    """
+    started = time.monotonic()
+    stage.begin()
+    receipts = {name: receipt for name, receipt in _receipts(stage.folder).items() if name in {u.name for u in units}}
+    pending = [unit for unit in units if unit.name not in receipts]
+    if receipts:
+        log.info("%s: goes on, %d of %d units were done before", stage.name, len(receipts), len(units))
+    progress = Progress(stage.name, len(units), len(receipts))
+    for receipt in for_each(pending, _Task(stage.folder, work, schema, set_aside_share)):
+        receipts[receipt["name"]] = receipt
+        progress.step(receipt["documents_in"], receipt["bytes_in"])
+    done = [receipts[unit.name] for unit in units]
+    set_aside: dict[str, dict[str, int]] = {}
+    for receipt in done:
+        for reason, counts in receipt["set_aside"].items():
+            total = set_aside.setdefault(reason, {"documents": 0, "bytes": 0})
+            total["documents"] += counts["documents"]
+            total["bytes"] += counts["bytes"]
+    manifest = stage.publish(
+        {
+            "seconds": time.monotonic() - started,
+            "parts": [r["labels"] | {k: r[k] for k in ("file", "documents", "bytes")} for r in done],
+            "documents_in": sum(r["documents_in"] for r in done),
+            "bytes_in": sum(r["bytes_in"] for r in done),
+            "documents_out": sum(r["documents"] for r in done),
+            "bytes_out": sum(r["bytes"] for r in done),
+            "set_aside": dict(sorted(set_aside.items(), key=lambda item: -item[1]["documents"])),
+            **(extra or {}),
+        }
+    )
+    progress.finish(f"{manifest['documents_out']:,} of {manifest['documents_in']:,} documents kept")
+    return manifest
+
+
+def for_each(units: list[Unit], task: Callable[[Unit], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Run ``task`` for every unit on Ray Data, one task a unit, and yield its results as they come."""
+    if not units:
+        return
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    items = [{"unit": pickle.dumps(unit)} for unit in units]
+
+    def run(row: dict[str, bytes]) -> dict[str, bytes]:
+        return {"result": json.dumps(task(pickle.loads(row["unit"]))).encode()}  # noqa: S301 (written above)
+
+    data = ray.data.from_items(items, override_num_blocks=len(items)).map(run)
+    for row in data.iter_rows():
+        yield json.loads(row["result"])
+
+
+class _Task:
+    """What runs in the cluster for one unit: writes its part, its set-aside rows, and last the receipt."""
+
+    def __init__(self, folder: str, work: Callable[..., Iterable[Output]], schema: pa.Schema, share: float) -> None:
+        self.folder, self.work, self.schema, self.share = folder, work, schema, share
+
+    def __call__(self, unit: Unit) -> dict[str, Any]:
+        file = f"{unit.name}.parquet"
+        receipt: dict[str, Any] = {"name": unit.name, "file": file, "labels": unit.labels}
+        receipt |= {"documents": 0, "bytes": 0, "documents_in": 0, "bytes_in": 0, "set_aside": {}}
+        aside = None
+        with storage.parquet_writer(storage.join(self.folder, file), self.schema) as kept:
+            aside_uri = storage.join(self.folder, "set-aside", file)
+            with _lazy_writer(aside_uri) as aside:
+                for output in self.work(**unit.arguments):
+                    receipt["documents_in"] += output.documents_in
+                    receipt["bytes_in"] += output.bytes_in
+                    if output.kept.num_rows:
+                        receipt["documents"] += output.kept.num_rows
+                        receipt["bytes"] += text_bytes(output.kept) if "text" in self.schema.names else 0
+                        kept.write_table(output.kept)
+                    if output.set_aside is not None and output.set_aside.num_rows:
+                        _count(receipt["set_aside"], output.set_aside)
+                        aside(_sample(output.set_aside, self.share))
+        storage.write_json(storage.join(self.folder, _RECEIPTS, f"{unit.name}.json"), receipt)
+        return receipt
+
+
+class _lazy_writer:  # noqa: N801 (used as a context manager function)
+    """A writer of set-aside rows that makes no file when there are none."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.manager, self.writer = uri, None, None
+
+    def __enter__(self) -> Callable[[pa.Table], None]:
+        return self.write
+
+    def write(self, table: pa.Table) -> None:
+        if self.writer is None:
+            self.manager = storage.parquet_writer(self.uri, SET_ASIDE_SCHEMA)
+            self.writer = self.manager.__enter__()
+        self.writer.write_table(table)
+
+    def __exit__(self, *error: object) -> None:
+        if self.manager is not None:
+            self.manager.__exit__(*error)
+
+
+def _count(totals: dict[str, dict[str, int]], table: pa.Table) -> None:
+    sizes = pc.fill_null(pc.binary_length(table["text"]), 0)
+    grouped = (
+        pa.table({"reason": table["reason"], "bytes": sizes})
+        .group_by("reason")
+        .aggregate([("bytes", "sum"), ("bytes", "count")])
+    )
+    for row in grouped.to_pylist():
+        total = totals.setdefault(row["reason"], {"documents": 0, "bytes": 0})
+        total["documents"] += row["bytes_count"]
+        total["bytes"] += row["bytes_sum"]
+
+
+def _sample(table: pa.Table, share: float) -> pa.Table:
+    """The rows to store: chosen by their id, so that a repeated run stores the same; records without one all stay."""
+    if share >= 1:
+        return table
+    limit = int(share * 2**32)
+    return table.filter(pa.array([not i or xxhash.xxh32_intdigest(i) < limit for i in table["id"].to_pylist()]))
+
+
+def _receipts(folder: str) -> dict[str, dict[str, Any]]:
+    where = storage.join(folder, _RECEIPTS)
+    if not storage.exists(where):
+        return {}
+    try:
+        files = storage.list_files(where)
+    except FileNotFoundError:
+        return {}
+    return {receipt["name"]: receipt for receipt in (storage.read_json(file.uri) for file in files)}
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) else value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+class Progress:
+    """Log lines of a stage's progress, at most one every few seconds: units, documents, bytes, time left."""
+
+    def __init__(self, name: str, total: int, done: int = 0, every: float = 5.0) -> None:
+        self.name, self.total, self.done, self.before, self.every = name, total, done, done, every
+        self.documents = self.bytes = 0
+        self.started = self.last = time.monotonic()
+
+    def step(self, documents: int, size: int) -> None:
+        """One more unit is done, which held so many documents and bytes."""
+        self.done += 1
+        self.documents += documents
+        self.bytes += size
+        now = time.monotonic()
+        if now - self.last >= self.every and self.done < self.total:
+            self.last = now
+            left = (now - self.started) / (self.done - self.before) * (self.total - self.done)
+            log.info("%s: %d/%d units, %s, %.0f s left", self.name, self.done, self.total, self._rate(now), left)
+
+    def _rate(self, now: float) -> str:
+        seconds = max(now - self.started, 1e-9)
+        return f"{self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {self.bytes / 1e6 / seconds:.2f} MB/s"
+
+    def finish(self, summary: str) -> None:
+        """The stage is done."""
+        now = time.monotonic()
+        log.info("%s: done in %.1f s, %s; %s", self.name, now - self.started, summary, self._rate(now))
