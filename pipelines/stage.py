@@ -39,12 +39,14 @@ class Output(NamedTuple):
         set_aside: rows of SET_ASIDE_SCHEMA with the reason they went, or None.
         documents_in: records read to make this batch.
         bytes_in: bytes of them.
+        counts: further numbers, added up into the part's entry of the manifest.
     """
 
     kept: pa.Table
     set_aside: pa.Table | None
     documents_in: int
     bytes_in: int
+    counts: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def run_stage(
     manifest = stage.publish(
         {
             "seconds": time.monotonic() - started,
-            "parts": [r["labels"] | {k: r[k] for k in ("file", "documents", "bytes")} for r in done],
+            "parts": [r["labels"] | r["counts"] | {k: r[k] for k in ("file", "documents", "bytes")} for r in done],
             "documents_in": sum(r["documents_in"] for r in done),
             "bytes_in": sum(r["bytes_in"] for r in done),
             "documents_out": sum(r["documents"] for r in done),
@@ -259,7 +261,7 @@ class _Task:
     def __call__(self, unit: Unit) -> dict[str, Any]:
         file = f"{unit.name}.parquet"
         receipt: dict[str, Any] = {"name": unit.name, "file": file, "labels": unit.labels}
-        receipt |= {"documents": 0, "bytes": 0, "documents_in": 0, "bytes_in": 0, "set_aside": {}}
+        receipt |= {"documents": 0, "bytes": 0, "documents_in": 0, "bytes_in": 0, "set_aside": {}, "counts": {}}
         aside = None
         with storage.parquet_writer(storage.join(self.folder, file), self.schema) as kept:
             aside_uri = storage.join(self.folder, "set-aside", file)
@@ -267,6 +269,8 @@ class _Task:
                 for output in self.work(**unit.arguments):
                     receipt["documents_in"] += output.documents_in
                     receipt["bytes_in"] += output.bytes_in
+                    for name, count in (output.counts or {}).items():
+                        receipt["counts"][name] = receipt["counts"].get(name, 0) + count
                     if output.kept.num_rows:
                         receipt["documents"] += output.kept.num_rows
                         receipt["bytes"] += text_bytes(output.kept) if "text" in self.schema.names else 0

@@ -1,0 +1,141 @@
+"""The order in which training sees tokens: exact, seekable, the same for any number of workers.
+
+A split of ``n`` tokens holds ``(n - 1) // sequence_length`` samples of ``sequence_length + 1`` tokens, one overlapping
+the next by the token that is the last target. An epoch goes through all of them once, in an order that a keyed
+permutation gives; batch ``data_step`` takes the next ``global_batch`` samples. So a batch is a pure function of the
+manifest, the seed, the global batch and the data step: nothing has to be remembered, and nothing depends on the workers.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from pipelines.shards import TokenShards
+
+_ROUNDS = 6
+
+
+def permuted(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Image of each index under a pseudo-random permutation of ``range(n)`` chosen by ``key``.
+
+    A balanced Feistel network over the smallest even number of bits that holds ``n``, walked until the value falls
+    below ``n`` again (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): no table of ``n`` entries.
+
+    Args:
+        index: (k,) integers in ``[0, n)``.
+        n: size of the domain, below 2^62.
+        key: 64-bit key.
+
+    Returns:
+        (k,) int64.
+    """
+    half = max((int(n - 1).bit_length() + 1) // 2, 1)
+    mask = np.uint64((1 << half) - 1)
+    shift = np.uint64(half)
+    keys = np.random.SeedSequence(key & (2**64 - 1)).generate_state(_ROUNDS, np.uint64)
+    value = np.asarray(index, np.uint64).copy()
+    todo = np.ones(value.shape, bool)
+    while todo.any():
+        left, right = value[todo] >> shift, value[todo] & mask
+        for k in keys:
+            left, right = right, left ^ (_mix(right ^ k) & mask)
+        value[todo] = (left << shift) | right
+        todo = value >= np.uint64(n)
+    return value.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Finalizer of splitmix64 (Steele et al. 2014): spreads every input bit over the word."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Batches:
+    """Batches of a split by their data step.
+
+    Args:
+        shards: the split.
+        sequence_length: tokens that the model sees at once.
+        global_batch: samples in a step, over all workers.
+        seed: of the order.
+
+    Raises:
+        ValueError: the split is shorter than one sample.
+    """
+
+    def __init__(self, shards: TokenShards, sequence_length: int, global_batch: int, seed: int) -> None:
+        self.shards, self.sequence_length = shards, sequence_length
+        self.global_batch, self.seed = global_batch, seed
+        self.n_samples = (shards.n_tokens - 1) // sequence_length
+        if self.n_samples < 1:
+            raise ValueError(
+                f"{shards.folder}: holds {shards.n_tokens} tokens, fewer than one sequence of {sequence_length} "
+                "and its last target; lower sequence_length or tokenize more documents"
+            )
+
+    def sample_indices(self, data_step: int) -> np.ndarray:
+        """Which samples the batch holds, (global_batch,) int64."""
+        first = data_step * self.global_batch
+        places = np.arange(first, first + self.global_batch)
+        epochs, inside = np.divmod(places, self.n_samples)
+        out = np.empty(self.global_batch, np.int64)
+        for epoch in np.unique(epochs):
+            rows = epochs == epoch
+            out[rows] = permuted(inside[rows], self.n_samples, (self.seed << 32) ^ int(epoch))
+        return out
+
+    def rank(self, data_step: int, rank: int, world_size: int) -> np.ndarray:
+        """One worker's share of a batch, (global_batch / world_size, sequence_length + 1) int64."""
+        share = self.global_batch // world_size
+        mine = self.sample_indices(data_step)[rank * share : (rank + 1) * share]
+        length = self.sequence_length + 1
+        return np.stack([self.shards.read(int(i) * self.sequence_length, length) for i in mine]).astype(np.int64)
+
+    def in_order(self, n_samples: int, rank: int, world_size: int, rows: int) -> Iterator[np.ndarray]:
+        """The split's first ``n_samples`` samples unshuffled, this worker's share in arrays of at most ``rows`` rows."""
+        mine = range(rank, min(n_samples, self.n_samples), world_size)
+        length = self.sequence_length + 1
+        for first in range(0, len(mine), rows):
+            chosen = mine[first : first + rows]
+            yield np.stack([self.shards.read(i * self.sequence_length, length) for i in chosen]).astype(np.int64)
+
+
+def prefetch(items: Iterable, depth: int = 4) -> Iterator:
+    """``items``, made by a thread up to ``depth`` ahead; the thread ends when the iterator is closed."""
+    ready: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+    end = object()
+
+    def put(value: object) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(value, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if stopped.is_set():
+                    return
+            put((end, None))
+        except BaseException as error:  # handed to the reader, who raises it
+            put((None, error))
+
+    threading.Thread(target=work, daemon=True, name="prefetch").start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stopped.set()

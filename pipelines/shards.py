@@ -1,0 +1,145 @@
+"""The token shard format: a split's tokens as one long sequence, cut into Parquet shards of fixed blocks.
+
+Row ``r`` of shard ``k`` holds the tokens from ``k * shard_tokens + r * block`` on, so a token's offset gives its file
+and row by arithmetic. Documents follow one another, each ended by ``<|endoftext|>``; only the last block of the last
+shard is filled up with padding, which the manifest's token count leaves out. ``documents/`` says which document lies
+where.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.stage import require_manifest
+
+ROW_GROUP_BLOCKS = 32  # what one read brings in: 256 KiB at the default block of 4096 uint16 tokens
+
+DOCUMENTS_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("start", pa.int64()),  # offset of the first token in the split
+        ("length", pa.int64()),  # tokens, the <|endoftext|> included
+        ("source", pa.string()),
+        ("url", pa.string()),
+    ]
+)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smaller of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def shard_name(index: int) -> str:
+    """File name of shard ``index``."""
+    return f"shard-{index:05d}.parquet"
+
+
+def write_shard(uri: str, tokens: np.ndarray, block: int, pad_id: int) -> None:
+    """Write one shard, whole or not at all.
+
+    Args:
+        uri: the shard's file.
+        tokens: (n,) uint16 or uint32.
+        block: tokens in a row; the last row is filled up with ``pad_id``.
+        pad_id: token id of the padding.
+    """
+    rows = -(-len(tokens) // block)
+    padded = np.full(rows * block, pad_id, tokens.dtype)
+    padded[: len(tokens)] = tokens
+    kind = pa.list_(pa.from_numpy_dtype(tokens.dtype), block)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(padded), type=kind)
+    table = pa.table({"tokens": column})
+    # Not compressed: token ids barely shrink, and training reads them at random through a memory map.
+    with storage.parquet_writer(uri, table.schema, compression="none") as writer:
+        writer.write_table(table, row_group_size=ROW_GROUP_BLOCKS)
+
+
+class TokenShards:
+    """A finished split, read at any offset.
+
+    Raises:
+        FileNotFoundError: the split is not finished.
+        ValueError: a shard is missing or has another size than the manifest says.
+    """
+
+    def __init__(self, folder: str, cached_groups: int = 64) -> None:
+        self.folder = folder
+        self.manifest: Mapping[str, Any] = require_manifest(folder, "tokenize")
+        self.n_tokens: int = self.manifest["tokens"]
+        self.block: int = self.manifest["block"]
+        self.shard_tokens: int = self.manifest["shard_tokens"]
+        self.dtype = np.dtype(self.manifest["dtype"])
+        self._files: dict[int, Any] = {}
+        self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._cached_groups = cached_groups
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """The tokens ``[start, start + length)`` of the split, (length,) in the shards' dtype.
+
+        Raises:
+            ValueError: the range leaves the split.
+        """
+        if start < 0 or length < 0 or start + length > self.n_tokens:
+            raise ValueError(
+                f"{self.folder}: tokens [{start}, {start + length}) asked for, but it holds {self.n_tokens}"
+            )
+        out = np.empty(length, self.dtype)
+        done = 0
+        while done < length:
+            shard, inside = divmod(start + done, self.shard_tokens)
+            group, first = divmod(inside, ROW_GROUP_BLOCKS * self.block)
+            piece = self._group(shard, group)[first : first + length - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+        return out
+
+    def _group(self, shard: int, group: int) -> np.ndarray:
+        key = shard, group
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        tokens = self._file(shard).read_row_group(group)["tokens"].combine_chunks().flatten().to_numpy()
+        self._groups[key] = tokens
+        if len(self._groups) > self._cached_groups:
+            self._groups.popitem(last=False)
+        return tokens
+
+    def _file(self, shard: int) -> Any:
+        if shard not in self._files:
+            uri = storage.join(self.folder, shard_name(shard))
+            if not storage.exists(uri):
+                raise ValueError(
+                    f"{uri}: the manifest lists this shard, but it is not there; run `ingot tokenize` again"
+                )
+            file = storage.open_parquet(uri)
+            tokens = min(self.shard_tokens, self.n_tokens - shard * self.shard_tokens)
+            if file.metadata.num_rows != -(-tokens // self.block):
+                raise ValueError(
+                    f"{uri}: has {file.metadata.num_rows} rows where the manifest says {-(-tokens // self.block)}; "
+                    "delete the folder and run `ingot tokenize` again"
+                )
+            self._files[shard] = file
+        return self._files[shard]
+
+    def documents(self, start: int, length: int) -> Iterator[dict[str, Any]]:
+        """The documents that have tokens in ``[start, start + length)``, as rows of DOCUMENTS_SCHEMA."""
+        for shard in range(start // self.shard_tokens, -1, -1):
+            # The document that covers ``start`` may have begun in an earlier shard.
+            rows = self._documents(shard)
+            if rows and rows[0]["start"] <= start:
+                break
+        last = (start + length - 1) // self.shard_tokens
+        for index in range(max(shard, 0), last + 1):
+            for row in self._documents(index):
+                if row["start"] < start + length and row["start"] + row["length"] > start:
+                    yield row
+
+    def _documents(self, shard: int) -> list[dict[str, Any]]:
+        return storage.open_parquet(storage.join(self.folder, "documents", shard_name(shard))).read().to_pylist()
