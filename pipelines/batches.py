@@ -3,7 +3,7 @@
 A split of ``n`` tokens holds ``(n - 1) // sequence_length`` samples of ``sequence_length + 1`` tokens, one overlapping
 the next by the token that is the last target. An epoch goes through all of them once, in an order that a keyed
 permutation gives; batch ``data_step`` takes the next ``global_batch`` samples. So a batch is a pure function of the
-manifest, the seed, the global batch and the data step: nothing has to be remembered, and nothing depends on the workers.
+manifest, the seed, the global batch and the data step: nothing has to be remembered, nothing depends on the workers.
 """
 
 from __future__ import annotations
@@ -93,16 +93,27 @@ class Batches:
         """One worker's share of a batch, (global_batch / world_size, sequence_length + 1) int64."""
         share = self.global_batch // world_size
         mine = self.sample_indices(data_step)[rank * share : (rank + 1) * share]
-        length = self.sequence_length + 1
-        return np.stack([self.shards.read(int(i) * self.sequence_length, length) for i in mine]).astype(np.int64)
+        return np.stack([self._sample(int(i)) for i in mine])
 
-    def in_order(self, n_samples: int, rank: int, world_size: int, rows: int) -> Iterator[np.ndarray]:
-        """The split's first ``n_samples`` samples unshuffled, this worker's share in arrays of at most ``rows`` rows."""
-        mine = range(rank, min(n_samples, self.n_samples), world_size)
-        length = self.sequence_length + 1
-        for first in range(0, len(mine), rows):
-            chosen = mine[first : first + rows]
-            yield np.stack([self.shards.read(i * self.sequence_length, length) for i in chosen]).astype(np.int64)
+    def in_order(
+        self, n_samples: int, rank: int, world_size: int, rows: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The split's first ``n_samples`` samples unshuffled, shared out over the workers.
+
+        Every worker gets the same number of arrays of the same shape, since collectives need all of them to take part;
+        what fills up the last ones weighs nothing.
+
+        Yields:
+            samples (rows, sequence_length + 1) int64, and their weights (rows,) float32, 1 or 0.
+        """
+        n = min(n_samples, self.n_samples)
+        rounds = -(-n // (rows * world_size))
+        for index in np.arange(rounds * world_size * rows).reshape(rounds, world_size, rows)[:, rank]:
+            samples = [self._sample(min(int(i), n - 1)) for i in index]
+            yield np.stack(samples), (index < n).astype(np.float32)
+
+    def _sample(self, index: int) -> np.ndarray:
+        return self.shards.read(index * self.sequence_length, self.sequence_length + 1).astype(np.int64)
 
 
 def prefetch(items: Iterable, depth: int = 4) -> Iterator:
@@ -114,9 +125,10 @@ def prefetch(items: Iterable, depth: int = 4) -> Iterator:
     def put(value: object) -> None:
         while not stopped.is_set():
             try:
-                return ready.put(value, timeout=0.1)
+                ready.put(value, timeout=0.1)
             except queue.Full:
                 continue
+            return
 
     def work() -> None:
         try:

@@ -1,0 +1,107 @@
+"""Spike detection by robust statistics over the recent losses.
+
+A loss is an outlier when it lies more than ``threshold`` scaled median absolute deviations above the median of the
+last accepted ones (Leys et al. 2013, "Detecting outliers"); outliers stay out of the window, so that a spike that lasts
+does not become the new normal. All ranks feed the same all-reduced numbers and so come to the same verdict.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+_NORMAL = 1.4826  # MAD times this estimates the standard deviation of a normal distribution
+
+
+@dataclass
+class SpikeConfig:
+    """When the loss counts as spiking, and how often the run may go back."""
+
+    window: int = 128
+    """Accepted losses that are remembered."""
+    min_history: int = 20
+    """Losses that must be there before anything but a non-finite value is judged."""
+    threshold: float = 8.0
+    """Scaled median absolute deviations above the median that make an outlier."""
+    min_increase: float = 0.03
+    """An outlier also lies at least this share of the median above it, however quiet the losses were."""
+    patience: int = 3
+    """Outliers in a row that make a spike; a non-finite loss or gradient norm is one at once."""
+    lead_in: int = 2
+    """Steps before the first outlier whose data is skipped too."""
+    max_rollbacks: int = 5
+    """Rollbacks allowed within `rollback_window` steps; one more stops the run with a diagnosis."""
+    rollback_window: int = 2000
+    """Steps over which rollbacks are counted."""
+
+    def validate(self) -> None:
+        """Raise ValueError for what cannot work."""
+        for name in ("window", "min_history", "patience", "max_rollbacks", "rollback_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"spikes.{name} is {getattr(self, name)}; it has to be at least 1")
+        if self.min_history > self.window:
+            raise ValueError(f"spikes.min_history is {self.min_history}; it has to be at most spikes.window, {self.window}")
+        if self.threshold <= 0 or self.min_increase < 0 or self.lead_in < 0:
+            raise ValueError("spikes.threshold has to be positive, spikes.min_increase and spikes.lead_in not negative")
+
+
+class Verdict(NamedTuple):
+    """What a step's loss and gradient norm say.
+
+    Attributes:
+        outlier: the step's update should not be applied.
+        spike: the run should go back.
+        reason: why, in words; empty when all is well.
+        median: of the window, nan while it is too short.
+    """
+
+    outlier: bool
+    spike: bool
+    reason: str
+    median: float
+
+
+class SpikeDetector:
+    """Watches the losses of a run; its state is part of every checkpoint."""
+
+    def __init__(self, config: SpikeConfig) -> None:
+        self.config = config
+        self.losses: deque[float] = deque(maxlen=config.window)
+        self.first_outlier: int | None = None  # data step
+        self.in_a_row = 0
+
+    def observe(self, data_step: int, loss: float, grad_norm: float) -> Verdict:
+        """Judge one step by its all-reduced loss (nats) and gradient norm."""
+        config = self.config
+        median = statistics.median(self.losses) if len(self.losses) >= config.min_history else math.nan
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._outlier(data_step)
+            what = "loss" if not math.isfinite(loss) else "gradient norm"
+            return Verdict(True, True, f"{what} is not finite", median)
+        if not math.isnan(median):
+            deviation = _NORMAL * statistics.median(abs(value - median) for value in self.losses)
+            limit = median + max(config.threshold * deviation, config.min_increase * abs(median))
+            if loss > limit:
+                self._outlier(data_step)
+                reason = f"loss {loss:.4f} above {limit:.4f} for {self.in_a_row} steps"
+                return Verdict(True, self.in_a_row >= config.patience, reason, median)
+        self.losses.append(loss)
+        self.first_outlier, self.in_a_row = None, 0
+        return Verdict(False, False, "", median)
+
+    def _outlier(self, data_step: int) -> None:
+        self.in_a_row += 1
+        if self.first_outlier is None:
+            self.first_outlier = data_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything it remembers, as JSON."""
+        return {"losses": list(self.losses), "first_outlier": self.first_outlier, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember what ``state_dict`` gave."""
+        self.losses = deque(state["losses"], maxlen=self.config.window)
+        self.first_outlier, self.in_a_row = state["first_outlier"], state["in_a_row"]

@@ -1,0 +1,75 @@
+"""What a run must remember beside weights and optimizer, and the folder that it is kept in."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+
+class RunFolder(Protocol):
+    """Where a run keeps its files: a local folder or an object store, handed in by whoever starts the loop."""
+
+    def uri(self, name: str) -> str:
+        """Full path or URI of a file or folder of the run."""
+
+    def read_json(self, name: str) -> Any | None:
+        """Content of a JSON file, None when it is not there."""
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file whole or not at all."""
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file whole or not at all."""
+
+    def append_line(self, name: str, line: str) -> None:
+        """Add a line to a small text file."""
+
+    def delete(self, name: str) -> None:
+        """Delete a file or folder; nothing happens when it is not there."""
+
+    def checksums(self, folder: str, part: int, of: int) -> dict[str, list]:
+        """Size and hash of every ``of``-th file below ``folder`` from the ``part``-th on, by name."""
+
+
+@dataclass
+class TrainState:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        data_step: the next batch of the data order.
+        tokens: tokens trained on.
+        skips: half-open ranges of data steps that are never trained on again, sorted.
+    """
+
+    step: int = 0
+    data_step: int = 0
+    tokens: int = 0
+    skips: list[list[int]] = field(default_factory=list)
+
+    def next_data_step(self, data_step: int) -> int:
+        """``data_step`` itself, or the first one after the skipped range that it lies in."""
+        for start, end in self.skips:
+            if start <= data_step < end:
+                data_step = end
+        return data_step
+
+    def skip(self, start: int, end: int) -> None:
+        """Never train on the data steps ``[start, end)`` again."""
+        ranges = sorted([*self.skips, [start, end]])
+        merged = [ranges[0]]
+        for low, high in ranges[1:]:
+            if low <= merged[-1][1]:
+                merged[-1] = [merged[-1][0], max(merged[-1][1], high)]
+            else:
+                merged.append([low, high])
+        self.skips = merged
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> TrainState:
+        """What ``state_dict`` gave."""
+        return cls(**state)
