@@ -1,8 +1,8 @@
 """Sharded checkpoints and the ledger that says which of them can be trusted.
 
 Weights and optimizer state are written by ``torch.distributed.checkpoint``, every rank its own shards, straight to
-their place; ``checkpoint.json``, written last with sizes and checksums, makes the folder a checkpoint. The ledger is the
-one truth about a run: whoever starts or goes back reads it, and it is written before anything that relies on it.
+their place; ``checkpoint.json``, written last with sizes and checksums, makes the folder a checkpoint. The ledger is
+the one truth about a run: whoever starts or goes back reads it, and it is written before anything that relies on it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RECEIPT = "checkpoint.json"
 
 @dataclass
 class Entry:
-    """One checkpoint: where the run stood, how it did, and whether the steps after it went well."""
+    """One checkpoint: where the run stood, whether the steps after it went well, and whether its folder is still there."""
 
     step: int
     data_step: int
@@ -36,6 +36,7 @@ class Entry:
     loss: float | None
     folder: str
     status: Status = "pending"
+    deleted: bool = False
     time: float = field(default_factory=time.time)
 
 
@@ -69,11 +70,11 @@ class Ledger:
 
     def usable(self) -> Iterator[Entry]:
         """Checkpoints to resume from after a crash, newest first: clean ones and those not yet proven."""
-        return (entry for entry in reversed(self.entries) if entry.status in ("clean", "pending"))
+        return (e for e in reversed(self.entries) if e.status in ("clean", "pending") and not e.deleted)
 
     def clean_before(self, data_step: int) -> Iterator[Entry]:
         """Checkpoints to go back to when data from ``data_step`` on is bad, newest first."""
-        return (e for e in reversed(self.entries) if e.status == "clean" and e.data_step <= data_step)
+        return (e for e in self.usable() if e.status == "clean" and e.data_step <= data_step)
 
     def mark_clean(self, step: int, clean_after: int) -> bool:
         """Call clean what has stood ``clean_after`` steps by ``step``; True when that changed something."""
@@ -89,12 +90,13 @@ class Ledger:
                 entry.status = "poisoned"
 
     def expire(self, keep: int) -> list[Entry]:
-        """Drop all but the ``keep`` newest usable checkpoints and the newest clean one; returns the dropped ones."""
+        """Mark as deleted all but the ``keep`` newest usable checkpoints and the newest clean one; returns those."""
         usable = list(self.usable())
         kept = usable[:keep] + [e for e in usable if e.status == "clean"][:1]
-        dropped = [entry for entry in self.entries if entry not in kept and entry.status != "corrupt"]
-        self.entries = [entry for entry in self.entries if entry not in dropped]
-        return dropped
+        expired = [e for e in self.entries if e not in kept and not e.deleted]
+        for entry in expired:
+            entry.deleted = True
+        return expired
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -108,7 +110,9 @@ def barrier() -> None:
         dist.barrier()
 
 
-def save(run: RunFolder, folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -> None:
+def save(
+    run: RunFolder, folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+) -> None:
     """Write a checkpoint; a collective of all ranks. ``facts`` (JSON) come back from ``load``."""
     rank, world = rank_and_world()
     if rank == 0:

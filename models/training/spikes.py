@@ -43,7 +43,9 @@ class SpikeConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"spikes.{name} is {getattr(self, name)}; it has to be at least 1")
         if self.min_history > self.window:
-            raise ValueError(f"spikes.min_history is {self.min_history}; it has to be at most spikes.window, {self.window}")
+            raise ValueError(
+                f"spikes.min_history is {self.min_history}; it has to be at most spikes.window, {self.window}"
+            )
         if self.threshold <= 0 or self.min_increase < 0 or self.lead_in < 0:
             raise ValueError("spikes.threshold has to be positive, spikes.min_increase and spikes.lead_in not negative")
 
