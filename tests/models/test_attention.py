@@ -1,0 +1,43 @@
+"""Attention against the textbook formula, softmax(QKᵀ/√d)V with a mask, written out."""
+
+import math
+
+import pytest
+import torch
+
+from models.attention import causal_attention
+
+
+def textbook(q, k, v):
+    group = q.shape[1] // k.shape[1]
+    n_queries, n_keys = q.shape[2], k.shape[2]
+    out = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(n_queries):
+                visible = n_keys - n_queries + i + 1
+                scores = k[b, h // group, :visible] @ q[b, h, i] / math.sqrt(q.shape[3])
+                out[b, h, i] = scores.softmax(0) @ v[b, h // group, :visible]
+    return out
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(7, 7), (1, 7), (3, 7), (1, 1)])
+def test_causal_attention_equals_the_textbook(n_kv_heads, n_queries, n_keys):
+    generator = torch.Generator().manual_seed(n_kv_heads)
+    q = torch.randn(2, 4, n_queries, 8, generator=generator)
+    k, v = (torch.randn(2, n_kv_heads, n_keys, 8, generator=generator) for _ in range(2))
+    torch.testing.assert_close(causal_attention(q, k, v), textbook(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_gradients_equal_the_textbook(n_kv_heads):
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(1, heads, 5, 8, generator=generator) for heads in (4, n_kv_heads, n_kv_heads)]
+    upstream = torch.randn(1, 4, 5, 8, generator=generator)
+    gradients = []
+    for attention in (causal_attention, textbook):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        attention(*leaves).backward(upstream)
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,130 @@
+"""Exported models against transformers' own implementation, and the way back."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from models.config import ModelConfig
+from models.generate import generate
+from models.hugging_face import load_pretrained, save_pretrained
+from models.transformer import Transformer
+
+SMALL = ModelConfig(
+    vocab_size=97, d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, d_ff=80, max_seq_len=64, rope_theta=20000.0
+)
+TOKENS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def with_large_weights(config):
+    """A model whose logits are of the size of a trained one's, with norms that are not 1."""
+    model = Transformer(config, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            else:
+                parameter.mul_(5)
+    return model
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+def test_exported_model_has_equal_logits_in_transformers(tmp_path, n_kv_heads, tied, qk_norm):
+    model = with_large_weights(replace(SMALL, n_kv_heads=n_kv_heads, tied_embeddings=tied, qk_norm=qk_norm))
+    save_pretrained(model.state_dict(), model.config, str(tmp_path), eos_token_id=1)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        str(tmp_path), dtype=torch.float32, output_loading_info=True
+    )
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        ours, reference = model(TOKENS), theirs.eval()(TOKENS).logits
+        loss, reference_loss = model(TOKENS[:, :-1], TOKENS[:, 1:]), theirs(TOKENS, labels=TOKENS).loss
+    assert reference.std() > 0.3  # else equality to 1e-5 would say little
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, reference_loss, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+def test_a_model_that_transformers_made_has_equal_logits_here(tmp_path, qk_norm):
+    kind = (
+        (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)
+        if qk_norm
+        else (transformers.LlamaConfig, transformers.LlamaForCausalLM)
+    )
+    torch.manual_seed(5)
+    theirs = kind[1](
+        kind[0](
+            vocab_size=97, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.1,
+            tie_word_embeddings=qk_norm,
+        )
+    )  # fmt: skip
+    theirs.save_pretrained(str(tmp_path), max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    config, state = load_pretrained(str(tmp_path))
+    model = Transformer(config, seed=None)
+    model.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS), theirs.eval()(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_greedy_text_equals_transformers(tmp_path, n_kv_heads):
+    model = with_large_weights(replace(SMALL, n_kv_heads=n_kv_heads))
+    save_pretrained(model.state_dict(), model.config, str(tmp_path))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32).eval()
+    prompt = [3, 1, 4, 1, 5]
+    reference = theirs.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, 5, dtype=torch.long), max_new_tokens=30, do_sample=False
+    )
+    assert list(generate(model, prompt, max_new_tokens=30, temperature=0)) == reference[0, 5:].tolist()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_what_was_written_is_read_back(tmp_path, tied, qk_norm):
+    model = with_large_weights(replace(SMALL, n_kv_heads=2, tied_embeddings=tied, qk_norm=qk_norm))
+    save_pretrained(model.state_dict(), model.config, str(tmp_path))
+    config, state = load_pretrained(str(tmp_path))
+    assert config == model.config
+    torch.testing.assert_close(state, dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_bf16_file_is_the_rounded_model(tmp_path):
+    model = with_large_weights(SMALL)
+    save_pretrained(model.state_dict(), model.config, str(tmp_path), dtype=torch.bfloat16)
+    _, state = load_pretrained(str(tmp_path))
+    rounded = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    torch.testing.assert_close(state, rounded, rtol=0, atol=0)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_missing_weights_are_named(tmp_path):
+    state = Transformer(SMALL).state_dict()
+    del state["layers.1.attention.w_q.weight"]
+    with pytest.raises(ValueError, match=r"layers\.1\.attention\.w_q\.weight"):
+        save_pretrained(state, SMALL, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is 'llama3'"),
+        ({"head_dim": 32}, "head_dim is 32"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(tmp_path, change, message):
+    save_pretrained(Transformer(SMALL).state_dict(), SMALL, str(tmp_path))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(str(tmp_path))
