@@ -240,8 +240,8 @@ def for_each(units: list[Unit], task: Callable[[Unit], dict[str, Any]]) -> Itera
         return
     import ray
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False  # Progress tells more
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     items = [{"unit": pickle.dumps(unit)} for unit in units]
 
     def run(row: dict[str, bytes]) -> dict[str, bytes]:
@@ -320,7 +320,9 @@ def _sample(table: pa.Table, share: float) -> pa.Table:
     if share >= 1:
         return table
     limit = int(share * 2**32)
-    return table.filter(pa.array([not i or xxhash.xxh32_intdigest(i) < limit for i in table["id"].to_pylist()]))
+    return table.filter(
+        pa.array([not i or xxhash.xxh32_intdigest(i.encode()) < limit for i in table["id"].to_pylist()])
+    )
 
 
 def _receipts(folder: str) -> dict[str, dict[str, Any]]:

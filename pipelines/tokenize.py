@@ -121,7 +121,7 @@ def _tokenizer(folder: str) -> Tokenizer:
 
 def is_validation(document: str, share: float) -> bool:
     """Whether the document with this id belongs to the validation split."""
-    return xxhash.xxh32_intdigest("split\0" + document) < share * 2**32
+    return xxhash.xxh32_intdigest(f"split\0{document}".encode()) < share * 2**32
 
 
 def _encode(part: str, tokenizer: str, validation_share: float) -> Iterator[Output]:

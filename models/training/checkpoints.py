@@ -28,7 +28,7 @@ RECEIPT = "checkpoint.json"
 
 @dataclass
 class Entry:
-    """One checkpoint: where the run stood, whether the steps after it went well, and whether its folder is still there."""
+    """One checkpoint: where the run stood, whether the steps after it went well, whether its folder still exists."""
 
     step: int
     data_step: int

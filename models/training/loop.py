@@ -292,7 +292,7 @@ class Training:
                 "spikes.max_rollbacks allows. Look at the learning rate, the gradient norms before the spikes, and the "
                 f"data steps that were skipped: {self.ledger.skips}"
             )
-        skip = [max(first - config.lead_in, 0), data_step + 1]
+        skip = [max(first - config.lead_in, 0), data_step + 1 + config.skip_after]
         state = TrainState(skips=self.ledger.skips)
         state.skip(*skip)
         self.ledger.skips = state.skips

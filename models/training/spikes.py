@@ -32,6 +32,8 @@ class SpikeConfig:
     """Outliers in a row that make a spike; a non-finite loss or gradient norm is one at once."""
     lead_in: int = 2
     """Steps before the first outlier whose data is skipped too."""
+    skip_after: int = 8
+    """Steps after the detection whose data is skipped too: bad documents tend to lie together."""
     max_rollbacks: int = 5
     """Rollbacks allowed within `rollback_window` steps; one more stops the run with a diagnosis."""
     rollback_window: int = 2000
@@ -46,8 +48,9 @@ class SpikeConfig:
             raise ValueError(
                 f"spikes.min_history is {self.min_history}; it has to be at most spikes.window, {self.window}"
             )
-        if self.threshold <= 0 or self.min_increase < 0 or self.lead_in < 0:
-            raise ValueError("spikes.threshold has to be positive, spikes.min_increase and spikes.lead_in not negative")
+        for name in ("threshold", "min_increase", "lead_in", "skip_after"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"spikes.{name} is {getattr(self, name)}; it must not be negative")
 
 
 class Verdict(NamedTuple):

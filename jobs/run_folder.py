@@ -1,0 +1,80 @@
+"""A run's folder on storage, as the training loop wants it; and what is read from it afterwards."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import xxhash
+
+from pipelines import storage
+
+
+class StoredRun:
+    """``runs/<name>/`` of a workspace, local or on an object store (``models.training.state.RunFolder``)."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def uri(self, name: str) -> str:
+        """Full path or URI of a file or folder of the run."""
+        return storage.join(self.folder, name)
+
+    def read_json(self, name: str) -> Any | None:
+        """Content of a JSON file, None when it is not there."""
+        return storage.read_json(self.uri(name)) if storage.exists(self.uri(name)) else None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file whole or not at all."""
+        storage.write_json(self.uri(name), value)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file whole or not at all."""
+        storage.write_bytes(self.uri(name), text.encode())
+
+    def append_line(self, name: str, line: str) -> None:
+        """Add a line to a small text file."""
+        storage.append_line(self.uri(name), line)
+
+    def delete(self, name: str) -> None:
+        """Delete a file or folder; nothing happens when it is not there."""
+        storage.delete(self.uri(name))
+
+    def checksums(self, folder: str, part: int, of: int) -> dict[str, list]:
+        """Size and xxh3-64 of every ``of``-th file below ``folder`` from the ``part``-th on, by name."""
+        sums = {}
+        for file in storage.list_files(self.uri(folder))[part::of]:
+            digest = xxhash.xxh3_64()
+            with storage.open_input(file.uri) as data:
+                while chunk := data.read(1 << 24):
+                    digest.update(chunk)
+            sums[storage.file_name(file.uri)] = [file.size, digest.hexdigest()]
+        return sums
+
+    def events(self) -> list[dict[str, Any]]:
+        """The run's events in the order of their time; a line cut short by a crash is left out."""
+        return _lines(self.uri("events.jsonl"))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of all metrics files in the order of their time, undone steps included."""
+        if not storage.exists(self.uri("metrics")):
+            return []
+        rows = [row for file in storage.list_files(self.uri("metrics")) for row in _lines(file.uri)]
+        return sorted(rows, key=lambda row: row["time"])
+
+
+def valid_steps(rows: list[dict[str, Any]], key: str = "loss") -> dict[int, dict[str, Any]]:
+    """The rows that have ``key``, by step; of steps done more than once the last, since the others were undone."""
+    return dict(sorted({row["step"]: row for row in rows if row.get(key) is not None}.items()))
+
+
+def _lines(uri: str) -> list[dict[str, Any]]:
+    if not storage.exists(uri):
+        return []
+    rows = []
+    for line in storage.read_bytes(uri).decode().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows

@@ -1,0 +1,330 @@
+"""All settings of all jobs: one tree of dataclasses, read from a recipe and the command line, checked at the door."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from models.config import PRESETS, ModelConfig, OptimizerConfig, ScheduleConfig
+from models.training.spikes import SpikeConfig
+from pipelines.curate import CurationSettings
+from pipelines.tokenize import TokenizeSettings
+from pipelines.tokenizer import TokenizerSettings
+
+
+class SettingsError(ValueError):
+    """Something that whoever started the job has to put right; the message is all they need to see."""
+
+
+def require(condition: bool, setting: str, value: object, allowed: str) -> None:
+    """Raise SettingsError naming the setting, its value and what is allowed, unless the condition holds."""
+    if not condition:
+        raise SettingsError(f"{setting} is {value!r}; it has to be {allowed}")
+
+
+def part_of(settings: Any, kind: type) -> Any:
+    """The fields of a job's settings that belong to ``kind``, one of the classes it extends."""
+    return kind(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(kind)})
+
+
+@dataclass
+class InWorkspace:
+    """What every job shares."""
+
+    workspace: str = "workspace"
+    """Folder or URI (s3://, gs://) that holds everything of a project."""
+
+
+@dataclass
+class OfRun(InWorkspace):
+    """What jobs that use a trained model share."""
+
+    name: str = "base"
+    """The pretraining run to take."""
+    step: int | None = None
+    """Checkpoint to take; null takes the newest usable one."""
+
+
+@dataclass
+class CurateJob(CurationSettings, InWorkspace):
+    """Read, filter and deduplicate documents."""
+
+
+@dataclass
+class TokenizerJob(TokenizerSettings, InWorkspace):
+    """Train a byte-level BPE tokenizer on the curated corpus."""
+
+
+@dataclass
+class TokenizeJob(TokenizeSettings, InWorkspace):
+    """Turn the curated corpus into packed token shards."""
+
+
+@dataclass
+class ModelSettings:
+    """A preset's shape, and what to change of it; null keeps the preset's value."""
+
+    preset: Literal["nano", "124m", "350m", "1b", "3b", "8b"] = "nano"
+    """Shape to start from."""
+    vocab_size: int | None = None
+    """Rows of the embedding; null takes the tokenizer's size rounded up to a multiple of 64."""
+    d_model: int | None = None
+    """Width of the residual stream."""
+    n_layers: int | None = None
+    """Number of blocks."""
+    n_heads: int | None = None
+    """Query heads."""
+    n_kv_heads: int | None = None
+    """Key and value heads: n_heads for MHA, fewer for GQA, 1 for MQA."""
+    d_ff: int | None = None
+    """Width of the feed-forward layer."""
+    rope_theta: float | None = None
+    """Base of the rotary frequencies."""
+    qk_norm: bool | None = None
+    """Normalize queries and keys per head."""
+    tied_embeddings: bool | None = None
+    """One matrix for input and output embedding."""
+
+    def config(self, vocab_size: int, sequence_length: int | None = None) -> ModelConfig:
+        """The full shape for a tokenizer of ``vocab_size`` tokens.
+
+        Raises:
+            SettingsError: the shape cannot work.
+        """
+        changes = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k != "preset"}
+        changes.setdefault("vocab_size", 64 * math.ceil(vocab_size / 64))
+        require(
+            changes["vocab_size"] >= vocab_size,
+            "model.vocab_size",
+            changes["vocab_size"],
+            f"at least the tokenizer's {vocab_size}",
+        )
+        if sequence_length is not None:
+            changes["max_seq_len"] = sequence_length
+        config = dataclasses.replace(PRESETS[self.preset], **changes)
+        checked(config)
+        return config
+
+
+@dataclass
+class Faults:
+    """Rehearse failures: what the run should survive is done to it."""
+
+    kill_worker_at_step: int | None = None
+    """The last worker kills itself with SIGKILL before this step, once."""
+    poison_data_steps: tuple[int, int] | None = None
+    """Batches of the data steps from the first number up to the second are replaced by random tokens."""
+
+
+@dataclass
+class PretrainJob(InWorkspace):
+    """Pretrain a transformer on token shards with Ray Train, recovering by itself."""
+
+    name: str = "base"
+    """Name of the run; the same name goes on where the run was."""
+    on_change: Literal["refuse", "restart"] = "refuse"
+    """When the run of this name was started with other settings or tokens: refuse, or delete it and start anew."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """Shape of the model."""
+    steps: int = 1000
+    """Optimizer steps."""
+    global_batch: int = 64
+    """Sequences in a step, over all workers."""
+    sequence_length: int | None = None
+    """Tokens in a sequence; null takes the preset's longest."""
+    microbatch: int | None = None
+    """Sequences that a worker takes at a time; null takes its whole share, smaller ones accumulate gradients."""
+    seed: int = 0
+    """Of the initial weights and the order of the data."""
+    workers: int = 1
+    """Ray Train workers; above 1 the model is sharded with FSDP2."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: GPUs when the cluster has one for each worker at the start. Say gpu when nodes scale up from zero."""
+    cpus_per_worker: float = 1
+    """CPU cores reserved for each worker."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over the run."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """When to go back."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept, beside the newest clean one."""
+    clean_after: int = 100
+    """Steps without a spike after which a checkpoint counts as clean."""
+    validate_every: int = 200
+    """Steps between validations."""
+    validation_samples: int = 256
+    """Sequences of the validation split that are measured each time, from its start."""
+    max_failures: int = 3
+    """Restarts of the workers after a crash before the job gives up."""
+    faults: Faults = field(default_factory=Faults)
+    """Failures to rehearse."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is started."""
+        for name in ("steps", "global_batch", "workers", "checkpoint_every", "keep_checkpoints", "clean_after"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("validate_every", "validation_samples"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.max_failures >= -1, "max_failures", self.max_failures, "at least 0, or -1 for no limit")
+        require(bool(self.name) and "/" not in self.name, "name", self.name, "a folder's name without a slash")
+        require(
+            self.global_batch % self.workers == 0,
+            "global_batch",
+            self.global_batch,
+            f"a multiple of workers, {self.workers}",
+        )
+        share = self.global_batch // self.workers
+        require(
+            self.microbatch is None or (self.microbatch >= 1 and share % self.microbatch == 0),
+            "microbatch",
+            self.microbatch,
+            f"a divisor of a worker's share of the global batch, {share}",
+        )
+        longest = PRESETS[self.model.preset].max_seq_len
+        require(
+            self.sequence_length is None or self.sequence_length >= 2,
+            "sequence_length",
+            self.sequence_length,
+            "at least 2",
+        )
+        poison = self.faults.poison_data_steps
+        require(
+            poison is None or 0 <= poison[0] < poison[1],
+            "faults.poison_data_steps",
+            poison,
+            "a range such as [200, 206]",
+        )
+        self.model.config(256, self.sequence_length or longest)
+
+    def length(self) -> int:
+        """Tokens in a sequence."""
+        return self.sequence_length or PRESETS[self.model.preset].max_seq_len
+
+
+@dataclass
+class SearchDimension:
+    """One dimension of a search space; give either `values`, or `low` and `high`."""
+
+    values: list[Any] | None = None
+    """Choices to draw from."""
+    low: float | None = None
+    """Smallest value."""
+    high: float | None = None
+    """Largest value."""
+    scale: Literal["linear", "log"] = "log"
+    """How values between low and high are spread."""
+
+
+def _default_space() -> dict[str, SearchDimension]:
+    return {"optimizer.lr": SearchDimension(low=1e-4, high=1e-2)}
+
+
+@dataclass
+class TuneJob(InWorkspace):
+    """Search training settings with Ray Tune; each trial is a Ray Train run, stopped early when it falls behind."""
+
+    name: str = "sweep"
+    """Name of the sweep; the same name goes on where the sweep was."""
+    pretrain: PretrainJob = field(default_factory=PretrainJob)
+    """What every trial trains; its workspace and name are set by the sweep."""
+    space: dict[str, SearchDimension] = field(default_factory=_default_space)
+    """Settings of `pretrain` by their dotted name, and what to try for each."""
+    trials: int = 8
+    """Settings that are tried."""
+    concurrent_trials: int | None = None
+    """Trials at the same time; null as many as the resources allow."""
+    rungs: int = 3
+    """Validations after which ASHA compares trials: every trial validates `2 ** rungs` times."""
+    reduction_factor: int = 2
+    """ASHA lets one trial in this many go on at each rung."""
+    seed: int = 0
+    """Of the settings that are drawn."""
+
+
+@dataclass
+class EvaluateJob(OfRun):
+    """Score a trained run: validation loss and bits per byte, and multiple-choice questions."""
+
+    mmlu: str | None = None
+    """Folder of MMLU's CSV files: `dev/SUBJECT_dev.csv` and `test/SUBJECT_test.csv`, with the columns
+    question, choice0 to choice3, and answer (0 to 3)."""
+    few_shot: int = 5
+    """Solved questions of the dev file before each question; fewer are taken when they do not fit."""
+    limit: int | None = None
+    """Questions of each subject; null takes all."""
+    validation_samples: int = 256
+    """Sequences of the validation split to measure, from its start."""
+    batch: int = 16
+    """Sequences that are scored at a time."""
+
+
+@dataclass
+class GenerateJob(OfRun):
+    """Continue a text with a trained run."""
+
+    prompt: str = ""
+    """Text to continue; empty starts a new document."""
+    max_new_tokens: int = 200
+    """Tokens to add at most; generation also ends with the document."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Of the draws."""
+
+
+@dataclass
+class ExportJob(OfRun):
+    """Write a trained run as a folder that `transformers` loads."""
+
+    output: str | None = None
+    """Folder to write; null is exports/NAME in the workspace."""
+
+
+@dataclass
+class ReportJob(InWorkspace):
+    """Draw a run as one HTML page."""
+
+    name: str = "base"
+    """Run to draw."""
+
+
+@dataclass
+class DemoJob(InWorkspace):
+    """The whole flow on one machine in minutes, on text that every Python installation has."""
+
+    chaos: bool = False
+    """Kill a worker and poison a stretch of data on the way, to watch the run recover."""
+    steps: int = 400
+    """Optimizer steps of the pretraining run."""
+    seed: int = 0
+    """Of planted duplicates, weights and data order."""
+
+
+def checked(settings: Any) -> None:
+    """Call ``validate`` of a settings dataclass and of all inside it, so that nothing starts with bad settings.
+
+    Raises:
+        SettingsError: with the setting's name, its value and what is allowed.
+    """
+    try:
+        if hasattr(settings, "validate"):
+            settings.validate()
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    for inner in dataclasses.fields(settings):
+        value = getattr(settings, inner.name)
+        for item in value if isinstance(value, list) else [value]:
+            if dataclasses.is_dataclass(item):
+                checked(item)
