@@ -40,13 +40,22 @@ def run(settings: PretrainJob) -> dict[str, float]:
         return pretrain(settings)
 
 
-def pretrain(settings: PretrainJob, callbacks: list[Any] | None = None, *, watch: bool = True) -> dict[str, float]:
-    """``run`` inside a Ray session, with further Ray Train callbacks."""
+def pretrain(
+    settings: PretrainJob, *, folder_name: str | None = None, callbacks: list[Any] | None = None, watch: bool = True
+) -> dict[str, float]:
+    """``run`` inside a Ray session.
+
+    Args:
+        settings: of the run.
+        folder_name: the run's folder in the workspace, when it is not ``runs/NAME``.
+        callbacks: further Ray Train callbacks.
+        watch: tell the progress in the log.
+    """
     workspace = storage.absolute(settings.workspace)
     manifest = require_manifest(storage.join(workspace, "tokens/train"), "tokenize")
     require_manifest(storage.join(workspace, "tokens/validation"), "tokenize")
     config = settings.model.config(manifest["vocab_size"], settings.length())
-    folder = StoredRun(storage.join(workspace, "runs", settings.name))
+    folder = StoredRun(storage.join(workspace, folder_name or f"runs/{settings.name}"))
     _check_unchanged(folder, settings, manifest["fingerprint"])
     if done := finished(folder, settings.steps):
         log.info("pretrain: run %s is at step %d already, nothing to do", settings.name, settings.steps)

@@ -222,6 +222,17 @@ class SearchDimension:
     scale: Literal["linear", "log"] = "log"
     """How values between low and high are spread."""
 
+    def validate(self) -> None:
+        """Raise SettingsError unless there is either a list or a range to draw from."""
+        if self.values is not None:
+            require(
+                bool(self.values) and self.low is None and self.high is None, "space", self, "values, or low and high"
+            )
+            return
+        in_order = self.low is not None and self.high is not None and self.low < self.high
+        require(in_order, "space", self, "values, or low below high")
+        require(self.scale == "linear" or self.low > 0, "space low", self.low, "above 0 on a log scale")
+
 
 def _default_space() -> dict[str, SearchDimension]:
     return {"optimizer.lr": SearchDimension(low=1e-4, high=1e-2)}
@@ -241,12 +252,28 @@ class TuneJob(InWorkspace):
     """Settings that are tried."""
     concurrent_trials: int | None = None
     """Trials at the same time; null as many as the resources allow."""
-    rungs: int = 3
-    """Validations after which ASHA compares trials: every trial validates `2 ** rungs` times."""
+    comparisons: int = 4
+    """How often a trial validates and ASHA compares it with the others, evenly over its steps."""
     reduction_factor: int = 2
-    """ASHA lets one trial in this many go on at each rung."""
+    """ASHA lets one trial in this many go on from rung to rung; rungs lie this factor of steps apart."""
     seed: int = 0
     """Of the settings that are drawn."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is started."""
+        require(bool(self.space), "space", self.space, "at least one setting of pretrain, such as optimizer.lr")
+        require(self.trials >= 1, "trials", self.trials, "at least 1")
+        require(
+            self.concurrent_trials is None or self.concurrent_trials >= 1,
+            "concurrent_trials",
+            self.concurrent_trials,
+            "at least 1, or null",
+        )
+        require(self.comparisons >= 1, "comparisons", self.comparisons, "at least 1")
+        require(self.reduction_factor >= 2, "reduction_factor", self.reduction_factor, "at least 2")
+        for name, dimension in self.space.items():
+            for value in dimension.values or [dimension.low, dimension.high]:
+                checked(with_setting(self.pretrain, name, value))
 
 
 @dataclass
@@ -310,12 +337,35 @@ class DemoJob(InWorkspace):
     """Of planted duplicates, weights and data order."""
 
 
+def with_setting(settings: Any, name: str, value: Any) -> Any:
+    """A copy of settings with one of them, by its dotted name, set to ``value``; whole numbers stay whole.
+
+    Raises:
+        SettingsError: there is no setting of that name, or it is a group of settings.
+    """
+    head, _, rest = name.partition(".")
+    known = [f.name for f in dataclasses.fields(settings)]
+    require(head in known, "space", name, f"a setting of pretrain; at {head!r} it could go on with {', '.join(known)}")
+    old = getattr(settings, head)
+    if rest:
+        require(dataclasses.is_dataclass(old), "space", name, f"a setting of pretrain; {head} has no parts")
+        return dataclasses.replace(settings, **{head: with_setting(old, rest, value)})
+    require(not dataclasses.is_dataclass(old), "space", name, "a single setting, not a group of them")
+    whole = isinstance(old, int) and not isinstance(old, bool) and isinstance(value, float)
+    return dataclasses.replace(settings, **{head: round(value) if whole else value})
+
+
 def checked(settings: Any) -> None:
     """Call ``validate`` of a settings dataclass and of all inside it, so that nothing starts with bad settings.
 
     Raises:
         SettingsError: with the setting's name, its value and what is allowed.
     """
+    for inner in dataclasses.fields(settings):
+        value = getattr(settings, inner.name)
+        for item in value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]:
+            if dataclasses.is_dataclass(item):
+                checked(item)
     try:
         if hasattr(settings, "validate"):
             settings.validate()
@@ -323,8 +373,3 @@ def checked(settings: Any) -> None:
         raise
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    for inner in dataclasses.fields(settings):
-        value = getattr(settings, inner.name)
-        for item in value if isinstance(value, list) else [value]:
-            if dataclasses.is_dataclass(item):
-                checked(item)

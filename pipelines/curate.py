@@ -245,16 +245,12 @@ def _filter(
             codes.append(code)
             scores.append(score)
             verdicts.append(verdict)
-        names = SCHEMA.names
-        table = table.set_column(names.index("language"), SCHEMA.field("language"), pa.array(codes, pa.string()))
-        table = table.set_column(
-            names.index("language_score"), SCHEMA.field("language_score"), pa.array(scores, pa.float32())
-        )
+        columns = dict(zip(SCHEMA.names, table.columns, strict=True))
+        columns |= {"language": pa.array(codes, pa.string()), "language_score": pa.array(scores, pa.float32())}
+        judged = pa.table(columns, schema=SCHEMA)
         keep = pa.array([verdict is None for verdict in verdicts])
-        dropped = table.filter(pc.invert(keep))
-        yield Output(
-            table.filter(keep), set_aside(dropped, [v for v in verdicts if v is not None]), table.num_rows, size
-        )
+        aside = set_aside(judged.filter(pc.invert(keep)), [v for v in verdicts if v is not None])
+        yield Output(judged.filter(keep), aside, table.num_rows, size)
 
 
 # exact, near: drop what the search for duplicates found

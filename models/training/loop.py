@@ -332,10 +332,9 @@ class Training:
         for entry in self.ledger.usable():
             entry.status = "clean"  # no step follows that could show otherwise
         self._write_ledger()
-        self._event("end", loss=self.last_loss, **self.validation_losses)
         if self.metrics is not None:
             self.metrics.flush()
-        self._report(f"checkpoints/step-{self.state.step:08d}")
+        self._event("end", loss=self.last_loss, **self.validation_losses)
         return {"step": self.state.step, "loss": self.last_loss, **self.validation_losses}
 
     def _event(self, event: str, **facts: Any) -> None:
