@@ -1,0 +1,343 @@
+"""``ingot report``: one run, and the data it learned from, as one HTML page that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import time
+from typing import Any
+
+import numpy as np
+
+from jobs.charts import STYLE, Chart, byte_size, number, standalone
+from jobs.pictures import funnel_chart, loss_chart
+from jobs.run_folder import StoredRun, valid_steps
+from jobs.settings import ReportJob
+from pipelines import storage
+from pipelines.curate import STAGES
+
+log = logging.getLogger("ingot")
+
+REPORT = "report.html"
+
+
+def run(settings: ReportJob) -> None:
+    """Draw a run; says where the page is.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+    """
+    log.info("report: %s", build_report(settings.workspace, settings.name))
+
+
+def build_report(workspace: str, run: str) -> str:
+    """Write ``runs/<run>/report.html`` from what lies in the workspace; parts that are not there are left out.
+
+    Returns:
+        The page's path or URI.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+    """
+    workspace = storage.absolute(workspace)
+    folder = StoredRun(storage.join(workspace, "runs", run))
+    facts = folder.read_json("run.json")
+    if facts is None:
+        raise FileNotFoundError(f"{folder.folder}: no run of this name; `ingot pretrain --name {run}` makes it")
+    rows, events = folder.metrics(), folder.events()
+    ledger = folder.read_json("ledger.json") or {"checkpoints": [], "skips": []}
+    manifests = corpus_manifests(workspace)
+    sections = [
+        _headline(facts, rows, events),
+        *_charts(rows, events, ledger["skips"]),
+        _table("What happened", *_event_rows(events, all_of_them=False)),
+        _folded(f"All events ({len(events)})", _table("", *_event_rows(events, all_of_them=True))),
+        _samples(folder.read_json("samples.json") or []),
+        _evaluations(workspace, run),
+        _data(workspace, manifests),
+        _sweeps(workspace),
+        _checkpoints(ledger),
+        _folded("Settings", f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre>"),
+    ]
+    folder.write_text(REPORT, _page(f"{run}: Ingot run", "\n".join(sections)))
+    return folder.uri(REPORT)
+
+
+def loss_picture(workspace: str, run: str, uri: str) -> None:
+    """Save the loss curve of a run as an SVG file of its own."""
+    folder = StoredRun(storage.join(storage.absolute(workspace), "runs", run))
+    ledger = folder.read_json("ledger.json") or {"skips": []}
+    chart = loss_chart(folder.metrics(), folder.events(), ledger["skips"])
+    storage.write_bytes(uri, standalone(chart.svg()).encode())
+
+
+def funnel_picture(workspace: str, uri: str) -> None:
+    """Save the funnel of documents as an SVG file of its own."""
+    storage.write_bytes(uri, standalone(funnel_chart(corpus_manifests(storage.absolute(workspace)))).encode())
+
+
+def corpus_manifests(workspace: str) -> dict[str, dict[str, Any]]:
+    """Manifests of the corpus stages that are done, in their order."""
+    uris = {stage: storage.join(workspace, "corpus", stage, "manifest.json") for stage in STAGES}
+    return {stage: storage.read_json(uri) for stage, uri in uris.items() if storage.exists(uri)}
+
+
+# Sections of the page
+
+
+def _headline(facts: dict[str, Any], rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:
+    train, validation = valid_steps(rows), valid_steps(rows, "validation_loss")
+    ended = next((event for event in reversed(events) if event["event"] in ("end", "stop")), None)
+    state = "unfinished"
+    if ended is not None:
+        state = "finished" if ended["event"] == "end" else "stopped"
+    tiles = [("parameters", number(facts.get("n_params", 0)))]
+    if train:
+        final = train[max(train)]
+        tail = [row["loss"] for row in list(train.values())[-max(1, len(train) // 50) :]]
+        tiles += [
+            ("steps", f"{max(train):,}"),
+            ("tokens seen", number(final.get("tokens") or 0)),
+            ("training loss", f"{train[min(train)]['loss']:.3f} → {sum(tail) / len(tail):.3f}"),
+        ]
+        speeds = [row["tokens_per_second"] for row in train.values() if row.get("tokens_per_second")]
+        if speeds:
+            tiles.append(("tokens per second (median)", number(float(np.median(speeds)))))
+        shares = [row["mfu"] for row in train.values() if row.get("mfu")]
+        if shares:
+            tiles.append(("model FLOP/s utilization", f"{100 * float(np.median(shares)):.1f} %"))
+    if validation:
+        ends = validation[min(validation)], validation[max(validation)]
+        tiles.append(("validation loss", " → ".join(f"{row['validation_loss']:.3f}" for row in ends)))
+        tiles.append(("validation bits per byte", " → ".join(f"{row['validation_bits_per_byte']:.3f}" for row in ends)))
+    count = [sum(event["event"] == kind for event in events) for kind in ("rollback", "resume")]
+    tiles.append(("recoveries", f"{_counted(count[0], 'rollback')}, {_counted(count[1], 'restart')}"))
+    began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["started"])) if facts.get("started") else ""
+    cells = "".join(f"<div><b>{html.escape(value)}</b><span>{name}</span></div>" for name, value in tiles)
+    alert = f'<p class="alert">{html.escape(ended["diagnosis"])}</p>' if state == "stopped" else ""
+    where = "" if "world_size" not in facts else f"{_counted(facts['world_size'], 'worker')} on {facts['device']}"
+    return (
+        f'<header><h1>{html.escape(str(facts.get("name", "run")))} <i class="{state}">{state}</i></h1>'
+        f"<p>{html.escape(f'started {began}, {where}' if began else where)}</p></header>{alert}"
+        f'<div class="tiles">{cells}</div>'
+    )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _reading_help(events: list[dict[str, Any]], skips: list[list[int]]) -> str:
+    text = "Point at a mark to read what happened." if any(e["event"] in ("rollback", "resume") for e in events) else ""
+    if skips:
+        ranges = ", ".join(f"{first} to {after - 1}" for first, after in skips)
+        text += f" Triangles on the axis: where data was skipped (data steps {ranges})."
+    return text.strip()
+
+
+def _charts(rows: list[dict[str, Any]], events: list[dict[str, Any]], skips: list[list[int]]) -> list[str]:
+    if not rows:
+        return []
+    loss = _figure("Training", loss_chart(rows, events, skips).svg(), _reading_help(events, skips))
+    charts = []
+    for key, title, log_scale in (
+        ("lr", "Learning rate", False),
+        ("grad_norm", "Gradient norm before clipping", True),
+        ("tokens_per_second", "Tokens per second", False),
+        ("mfu", "Model FLOP/s utilization", False),
+    ):
+        valid = valid_steps(rows, key)
+        if valid:
+            values = [row[key] for row in valid.values()]
+            low = min((v for v in values if v > 0), default=1e-12) if log_scale else 0.0
+            chart = Chart(title, (0, max(valid)), (low, max(values)), width=470, height=240, log=log_scale)
+            chart.line(list(valid), values, "train")
+            charts.append(f"<figure>{chart.svg()}</figure>")
+    return [loss, f'<div class="grid">{"".join(charts)}</div>']
+
+
+def _event_rows(events: list[dict[str, Any]], all_of_them: bool) -> tuple[list[str], list[list[str]]]:
+    began = events[0]["time"] if events else 0.0
+    rows = []
+    for event in events:
+        if all_of_them or event["event"] not in ("checkpoint", "outlier"):
+            told = {k: v for k, v in event.items() if k not in ("time", "event", "step")}
+            facts = ", ".join(f"{k.replace('_', ' ')} {_value(v)}" for k, v in told.items() if v is not None)
+            rows.append([_duration(event["time"] - began), event["event"], _value(event.get("step", "")), facts])
+    return ["after", "event", "step", ""], rows
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _checkpoints(ledger: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{entry['step']:,}",
+            number(entry["tokens"]),
+            "" if entry.get("loss") is None else f"{entry['loss']:.4f}",
+            entry["status"],
+            "deleted" if entry.get("deleted") else entry["folder"],
+        ]
+        for entry in ledger["checkpoints"]
+    ]
+    return _table("Checkpoints", ["step", "tokens", "loss", "status", "folder"], rows)
+
+
+def _samples(samples: list[dict[str, str]]) -> str:
+    texts = "".join(
+        f"<blockquote><b>{html.escape(s['prompt'])}</b>{html.escape(s['text'].removeprefix(s['prompt']))}</blockquote>"
+        for s in samples
+    )
+    return f"<section><h2>What it writes</h2>{texts}</section>" if samples else ""
+
+
+def _evaluations(workspace: str, run: str) -> str:
+    folder = storage.join(workspace, "evals", run)
+    if not storage.exists(folder):
+        return ""
+    rows, details = [], []
+    for file in [file for file in storage.list_files(folder) if file.uri.endswith(".json")]:
+        result = storage.read_json(file.uri)
+        name = storage.file_name(file.uri).removesuffix(".json")
+        plain = {k: v for k, v in result.items() if isinstance(v, (int, float, str))}
+        rows.append([name, ", ".join(f"{k.replace('_', ' ')} {_value(v)}" for k, v in plain.items())])
+        rest = {k: v for k, v in result.items() if k not in plain}
+        if rest:
+            details.append(_folded(f"{name} in detail", f"<pre>{html.escape(json.dumps(rest, indent=1))}</pre>"))
+    return _table("Evaluation", ["task", "result"], rows) + "".join(details)
+
+
+def _data(workspace: str, manifests: dict[str, dict[str, Any]]) -> str:
+    out = []
+    if manifests:
+        rows = [
+            [
+                stage,
+                f"{m['documents_in']:,}",
+                f"{m['documents_out']:,}",
+                byte_size(m["bytes_in"]),
+                byte_size(m["bytes_out"]),
+                f"{100 * m['documents_out'] / max(m['documents_in'], 1):.1f} %",
+            ]
+            for stage, m in manifests.items()
+        ]
+        why = [
+            [stage, reason, f"{counts['documents']:,}", byte_size(counts["bytes"])]
+            for stage, m in manifests.items()
+            for reason, counts in sorted(m["set_aside"].items(), key=lambda item: -item[1]["documents"])
+        ]
+        out.append(_figure("Data", funnel_chart(manifests), ""))
+        out.append(_table("", ["stage", "documents in", "out", "bytes in", "out", "kept"], rows))
+        out.append(_folded("Why documents went", _table("", ["stage", "reason", "documents", "bytes"], why)))
+    uri = storage.join(workspace, "tokenizer", "manifest.json")
+    rows = []
+    if storage.exists(uri):
+        tokenizer = storage.read_json(uri)
+        told = (
+            f"{tokenizer['vocab_size']:,} tokens in the vocabulary, {tokenizer['bytes_per_token']:.2f} bytes per token"
+        )
+        rows.append(["tokenizer", told])
+    for split in ("train", "validation"):
+        uri = storage.join(workspace, "tokens", split, "manifest.json")
+        if storage.exists(uri):
+            m = storage.read_json(uri)
+            told = f"{number(m['tokens'])} tokens of {m['documents']:,} documents, {byte_size(m['bytes'])} of text"
+            rows.append([f"tokens, {split}", told])
+    out.append(_table("Tokens", ["", ""], rows))
+    return "".join(out)
+
+
+def _sweeps(workspace: str) -> str:
+    folder = storage.join(workspace, "sweeps")
+    if not storage.exists(folder):
+        return ""
+    out = []
+    for file in storage.list_files(storage.join(folder, "*", "results.json")):
+        result = storage.read_json(file.uri)
+        trials = result["trials"]
+        header = list(dict.fromkeys(key for trial in trials for key in trial))
+        rows = [[_value(trial.get(key, "")) for key in header] for trial in trials]
+        name = file.uri.rstrip("/").rsplit("/", 2)[-2]
+        out.append(_table(f"Sweep {name}", header, rows))
+    return "".join(out)
+
+
+# The page
+
+
+def _figure(title: str, svg: str, note: str) -> str:
+    caption = f"<figcaption>{html.escape(note)}</figcaption>" if note else ""
+    return f"<section><h2>{html.escape(title)}</h2><figure>{svg}{caption}</figure></section>"
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows)
+    head = f"<thead><tr>{top}</tr></thead>" if any(header) else ""
+    heading = f"<h2>{html.escape(title)}</h2>" if title else ""
+    return f'<section>{heading}<div class="wide"><table>{head}<tbody>{body}</tbody></table></div></section>'
+
+
+def _cell(text: str) -> str:
+    is_number = bool(text) and text[0].isdigit() and not any(c.isalpha() for c in text.split(" ")[0][:-1])
+    css = "number" if is_number and len(text) < 14 else text if text in _STATES else ""
+    return f'<td class="{css}">{html.escape(text)}</td>' if css else f"<td>{html.escape(text)}</td>"
+
+
+_STATES = ("clean", "pending", "poisoned", "corrupt", "rollback", "resume", "worker_failure", "spike", "stop")
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>" if content else ""
+
+
+_PAGE_STYLE = """
+body { margin: 0 auto; max-width: 1000px; padding: 1.5rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { margin: 0; font-size: 1.7rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
+header p, figcaption { color: var(--soft); margin: .2rem 0 0; } figure { margin: 0; }
+h1 i { font: 600 .8rem system-ui; padding: .15rem .6rem; border-radius: 1rem; vertical-align: middle;
+  background: var(--panel); color: var(--soft); } h1 i.finished { color: var(--good); }
+h1 i.stopped { color: var(--rollback); }
+.alert { border-left: 4px solid var(--rollback); background: var(--panel); padding: .7rem 1rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.2rem 0; }
+.tiles div { background: var(--panel); border-radius: 8px; padding: .6rem .9rem; flex: 1 1 auto; }
+.tiles b { display: block; font-size: 1.05rem; white-space: nowrap; } .tiles span { color: var(--soft);
+  font-size: .8rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem;
+  margin-top: 1.2rem; }
+svg { width: 100%; height: auto; max-width: 100%; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; }
+th { text-align: left; color: var(--soft); font-weight: 500; } th, td { padding: .3rem .8rem .3rem 0;
+  border-bottom: 1px solid var(--grid); vertical-align: top; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.clean { color: var(--good); font-weight: 600; } td.poisoned, td.corrupt, td.rollback, td.spike, td.stop {
+  color: var(--rollback); font-weight: 600; } td.resume, td.worker_failure { color: var(--restart); font-weight: 600; }
+details { margin: 1rem 0; } summary { cursor: pointer; color: var(--soft); }
+pre, blockquote { background: var(--panel); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto;
+  font: .85rem/1.5 ui-monospace, monospace; white-space: pre-wrap; margin: .6rem 0; overflow-wrap: anywhere; }
+blockquote b { color: var(--train); }
+"""
+
+
+def _page(title: str, body: str) -> str:
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}{_PAGE_STYLE}</style></head><body>{body}</body></html>\n"
+    )
