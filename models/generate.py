@@ -85,6 +85,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop: set[int] | frozenset[int] = frozenset(),
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Continue a prompt, yielding each token id as soon as it is known.
 
@@ -96,6 +97,7 @@ def generate(
         top_p: nucleus of the distribution to draw from, in (0, 1].
         seed: of the draws.
         stop: ids that end the text; the one that does is not yielded.
+        vocab_size: only ids below this are drawn: the tokenizer's, when the embedding has more rows; None is all.
 
     Raises:
         ValueError: at the call, for an empty prompt, settings out of range, or a text longer than max_seq_len.
@@ -116,7 +118,7 @@ def generate(
             f"max_new_tokens is {max_new_tokens}, but after a prompt of {len(prompt)} tokens must be at most "
             f"{max(0, config.max_seq_len + 1 - len(prompt))}: the model's max_seq_len is {config.max_seq_len}"
         )
-    return _generate(model, list(prompt), max_new_tokens, temperature, top_p, seed, stop)
+    return _generate(model, list(prompt), max_new_tokens, temperature, top_p, seed, stop, vocab_size)
 
 
 def _generate(
@@ -127,6 +129,7 @@ def _generate(
     top_p: float,
     seed: int,
     stop: set[int] | frozenset[int],
+    vocab_size: int | None,
 ) -> Iterator[int]:
     weight = model.tok_embeddings.weight
     cache = KVCache(
@@ -137,8 +140,9 @@ def _generate(
     for _ in range(max_new_tokens):
         # entered anew for each token: a generator that yields inside would leave its caller in inference mode
         with torch.inference_mode():
-            logits = model(torch.tensor([tokens], device=weight.device), cache=cache)[0, -1]
-        token = choose(logits, temperature, top_p, generator)
+            last = torch.tensor([len(tokens) - 1], device=weight.device)
+            logits = model(torch.tensor([tokens], device=weight.device), cache=cache, positions=last)[0]
+        token = choose(logits[:vocab_size], temperature, top_p, generator)
         if token in stop:
             return
         yield token

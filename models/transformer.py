@@ -177,6 +177,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         *,
         cache: "KVCache | None" = None,
+        positions: Tensor | None = None,
         reduction: Reduction = "mean",
         loss_chunk: int | None = None,
     ) -> Tensor:
@@ -189,15 +190,20 @@ class Transformer(nn.Module):
             tokens: ids, (B, T), int64.
             targets: the token that follows each, (B, T), int64; -100 is ignored.
             cache: keys and values of the positions before these tokens; extended by them.
+            positions: one place in each sequence, (B,), int64: logits are made of these alone.
             reduction: of the loss: "mean", "sum" or "none".
             loss_chunk: tokens whose logits exist at one time; None suits the device.
 
         Returns:
-            Logits (B, T, vocab) in the compute dtype; or the loss in nats, fp32, a scalar or (B, T) for "none".
+            Logits (B, T, vocab), or (B, vocab) at `positions`, in the compute dtype; or the loss in nats, fp32, a
+            scalar or (B, T) for "none".
 
         Raises:
-            ValueError: the sequence, with what is cached, is longer than max_seq_len.
+            ValueError: the sequence, with what is cached, is longer than max_seq_len; or both targets and positions
+                are given.
         """
+        if targets is not None and positions is not None:
+            raise ValueError("positions choose logits, but with targets the loss of all positions is computed")
         start = 0 if cache is None else cache.length
         stop = start + tokens.shape[1]
         if stop > self.config.max_seq_len:
@@ -211,6 +217,8 @@ class Transformer(nn.Module):
             for i, block in enumerate(self.layers):
                 x = block(x, rotary, None if cache is None else cache.layers[i])
             x = self.norm(x)
+            if positions is not None:
+                x = x[torch.arange(len(x), device=x.device), positions]
             if targets is None:
                 return self.output(x)
             loss = self.loss(

@@ -62,6 +62,12 @@ def test_it_ends_before_a_stop_token():
     assert list(generate(model, [5, 7, 11], max_new_tokens=20, temperature=0, stop={stop})) == text[: text.index(stop)]
 
 
+def test_ids_beyond_the_vocabulary_are_never_drawn():
+    model = Transformer(TINY, seed=1)
+    text = list(generate(model, [1], max_new_tokens=30, temperature=5.0, vocab_size=4))
+    assert set(text) == {0, 1, 2, 3}
+
+
 def test_the_last_place_of_the_context_is_used_and_no_more():
     model = Transformer(TINY, seed=1)
     assert len(list(generate(model, [1] * 32, max_new_tokens=1))) == 1

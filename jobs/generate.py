@@ -1,0 +1,73 @@
+"""``ingot generate``: continue a text with a trained run, printed as it comes."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from collections.abc import Iterator
+
+from jobs.settings import GenerateJob, SettingsError, require
+from jobs.trained import Trained, load
+
+
+def run(settings: GenerateJob) -> None:
+    """Print the prompt and its continuation.
+
+    Raises:
+        SettingsError: a setting is out of range, or there is no such run.
+    """
+    check(settings)
+    trained = load(settings)
+    pieces = text(trained, settings)
+    sys.stdout.write(settings.prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def check(settings: GenerateJob) -> None:
+    """Refuse what cannot work before a model is loaded.
+
+    Raises:
+        SettingsError: with the setting's name, its value and what is allowed.
+    """
+    require(settings.max_new_tokens >= 1, "max_new_tokens", settings.max_new_tokens, "at least 1")
+    require(settings.temperature >= 0, "temperature", settings.temperature, "at least 0")
+    require(0 < settings.top_p <= 1, "top_p", settings.top_p, "above 0 and at most 1")
+
+
+def text(trained: Trained, settings: GenerateJob) -> Iterator[str]:
+    """The continuation of the prompt, in pieces; characters of several tokens come when they are whole.
+
+    Raises:
+        SettingsError: at the call, when prompt and continuation do not fit the model's context.
+    """
+    from models.generate import generate
+
+    tokenizer = trained.tokenizer
+    # a document begins where the one before it ended
+    prompt = [tokenizer.eot_id, *tokenizer.encode(settings.prompt)]
+    try:
+        tokens = generate(
+            trained.model,
+            prompt,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+            stop={tokenizer.eot_id},
+            vocab_size=tokenizer.vocab_size,
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return _decoded(trained, tokens)
+
+
+def _decoded(trained: Trained, tokens: Iterator[int]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        if piece := decoder.decode(trained.tokenizer.token_bytes(token)):
+            yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest

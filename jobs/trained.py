@@ -1,0 +1,93 @@
+"""A trained run, ready to use: its model with a checkpoint's weights, and the tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jobs.run_folder import StoredRun
+from jobs.settings import OfRun, SettingsError
+from pipelines import storage
+from pipelines.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.training.checkpoints import Entry
+    from models.transformer import Transformer
+
+log = logging.getLogger("ingot")
+
+
+@dataclass
+class Trained:
+    """What ``load`` gives.
+
+    Attributes:
+        model: on the GPU in bf16 when there is one, else on the CPU in fp32; in evaluation mode.
+        tokenizer: that the run's tokens were made with.
+        step: of the checkpoint.
+        device: where the model is.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    step: int
+    device: torch.device
+
+
+def load(settings: OfRun, device: str | None = None) -> Trained:
+    """Load the run that the settings name; ``device`` None takes a GPU when there is one.
+
+    Raises:
+        SettingsError: there is no such run or checkpoint.
+        FileNotFoundError: the tokenizer is not there.
+    """
+    import torch
+
+    from models.config import ModelConfig
+    from models.parallel import parallelize
+    from models.training.checkpoints import load_weights
+    from models.transformer import Transformer
+
+    workspace = storage.absolute(settings.workspace)
+    folder = StoredRun(storage.join(workspace, "runs", settings.name))
+    facts = folder.read_json("run.json")
+    if facts is None:
+        raise SettingsError(f"name is {settings.name!r}; there is no such run in {workspace}/runs")
+    entry = _checkpoint(folder, settings)
+    tokenizer = Tokenizer.load(storage.join(workspace, "tokenizer"))
+    config = ModelConfig(**facts["model"])
+    if tokenizer.vocab_size > config.vocab_size:
+        raise SettingsError(
+            f"tokenizer: has {tokenizer.vocab_size} tokens, but run {settings.name} was trained with at most "
+            f"{config.vocab_size}; it was trained anew since"
+        )
+    tokens = storage.join(workspace, "tokens/train/manifest.json")
+    if storage.exists(tokens) and storage.read_json(tokens)["fingerprint"] != facts["tokens_manifest"]:
+        log.warning("run %s was trained on other token shards than those in %s now", settings.name, workspace)
+    model = Transformer(config, seed=None)
+    load_weights(folder, entry.folder, model)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Trained(parallelize(model, 1, where).eval(), tokenizer, entry.step, where)
+
+
+def _checkpoint(folder: StoredRun, settings: OfRun) -> Entry:
+    """The checkpoint of ``settings.step``, or the newest usable one."""
+    from models.training.checkpoints import LEDGER, Ledger
+
+    ledger = Ledger.from_dict(folder.read_json(LEDGER))
+    if settings.step is None:
+        entry = next(ledger.usable(), None)
+        if entry is None:
+            raise SettingsError(f"name is {settings.name!r}; this run has no usable checkpoint yet")
+        return entry
+    kept = [entry for entry in ledger.entries if not entry.deleted and entry.status != "corrupt"]
+    for entry in kept:
+        if entry.step == settings.step:
+            if entry.status == "poisoned":
+                log.warning("step %d of run %s is poisoned: the run went back from it", entry.step, settings.name)
+            return entry
+    steps = ", ".join(str(entry.step) for entry in kept) or "none"
+    raise SettingsError(f"step is {settings.step}; the checkpoints of run {settings.name} are of steps {steps}")
