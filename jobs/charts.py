@@ -18,7 +18,7 @@ STYLE = """
   --train: #0072b2; --validation: #d55e00; --undone: #98a2b3; --rollback: #c0265e; --restart: #7a4fd0;
   --kept: #0072b2; --dropped: #e8b4a0; --good: #067a57; }
 @media (prefers-color-scheme: dark) { :root, svg { --paper: #14181f; --ink: #e6e9ef; --soft: #98a2b3; --grid: #2b323d;
-  --panel: #1b212b; --train: #56b4e9; --validation: #f09a4a; --undone: #667085; --rollback: #ff7eaa;
+  --panel: #1b212b; --train: #56b4e9; --validation: #f09a4a; --undone: #8b95a5; --rollback: #ff7eaa;
   --restart: #b79cff; --kept: #56b4e9; --dropped: #6b4a40; --good: #4cc38a; } }
 svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
 svg text.ink { fill: var(--ink); } svg text.bold { font-weight: 600; fill: var(--ink); }
@@ -26,7 +26,7 @@ svg .paper { fill: var(--paper); } svg .grid { stroke: var(--grid); } svg .clear
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; } svg .thin { stroke-width: 1; opacity: .4; }
 svg .dashed { stroke-dasharray: 3 3; } svg .rule { stroke-width: 1.5; }
 svg .train { stroke: var(--train); } svg .validation { stroke: var(--validation); }
-svg .undone { stroke: var(--undone); stroke-width: 1; } svg .rollback { stroke: var(--rollback); }
+svg .undone { stroke: var(--undone); stroke-width: 1.5; } svg .rollback { stroke: var(--rollback); }
 svg .restart { stroke: var(--restart); } svg .dot.validation { fill: var(--validation); }
 svg .dot.rollback { fill: var(--rollback); } svg .dot.restart { fill: var(--restart); }
 svg .kept { fill: var(--kept); } svg .dropped { fill: var(--dropped); }
@@ -182,7 +182,7 @@ class Chart:
             decades = [10.0**k for k in range(math.ceil(low), math.floor(high) + 1)]
             ys = decades if len(decades) >= 2 else [10**v for v in ticks(low, high, 4)]
         else:
-            ys = ticks(*self.y, about=5)
+            ys = ticks(*self.y, about=6)
         for value in ys:
             y = self.py(value)
             out.append(f'<line class="grid" x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -216,7 +216,9 @@ def picture(width: int, height: float, parts: list[str], title: str) -> str:
 def standalone(svg: str) -> str:
     """The chart as a file of its own, with its colours and a background."""
     start = svg.index(">") + 1
-    width, height = svg.split('viewBox="0 0 ')[1].split('"')[0].split()
-    head = svg[:start].replace("<svg ", f'<svg height="{height}" ', 1)
-    paper = f'<rect class="paper" width="{width}" height="{height}" rx="8"/>'
+    box = svg.split('viewBox="')[1].split('"')[0]
+    width, height = (int(side) + 32 for side in box.split()[2:])
+    head = svg[:start].replace(f'viewBox="{box}" width="{width - 32}"', f'viewBox="-16 -16 {width} {height}"')
+    head = head.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
+    paper = f'<rect class="paper" x="-16" y="-16" width="{width}" height="{height}" rx="8"/>'
     return f"{head}<style>{html.escape(STYLE, quote=False)}</style>{paper}{svg[start:]}\n"

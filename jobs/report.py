@@ -320,7 +320,7 @@ h1 i.stopped { color: var(--rollback); }
   font-size: .8rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem;
   margin-top: 1.2rem; }
-svg { width: 100%; height: auto; max-width: 100%; }
+figure { overflow-x: auto; } svg { width: 100%; height: auto; } section > figure > svg { min-width: 620px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; }
 th { text-align: left; color: var(--soft); font-weight: 500; } th, td { padding: .3rem .8rem .3rem 0;
   border-bottom: 1px solid var(--grid); vertical-align: top; }
