@@ -1,0 +1,224 @@
+"""Evaluate, generate and export, on a run that was put into a workspace by hand; transformers is the judge."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jobs import evaluate, export, generate
+from jobs.cli import main
+from jobs.multiple_choice import Question, answer, prompt_tokens, read_folder
+from jobs.run_folder import StoredRun
+from jobs.settings import EvaluateJob, ExportJob, GenerateJob, OfRun, SettingsError
+from jobs.trained import load
+from models.config import ModelConfig, OptimizerConfig
+from models.optimizer import build_optimizer
+from models.training import checkpoints
+from models.training.checkpoints import Entry, Ledger
+from models.transformer import Transformer
+from pipelines import storage
+from pipelines.shards import write_shard
+from pipelines.tokenizer import TokenizerSettings, train_on_texts
+
+TEXT = "The house is old, and the river is wide. Größe, café, 東京. Answer: A\nAnswer: B\nAnswer: C\nAnswer: D\n"
+BLOCK, LENGTH = 64, 48
+
+
+def make_workspace(folder, *, letters_are_tokens):
+    """A tokenizer, a validation split and a run with three checkpoints, as the jobs before leave them."""
+    workspace = str(folder)
+    texts = [TEXT * 20] if letters_are_tokens else ["the house is old and the river is wide " * 20]
+    tokenizer = train_on_texts(iter(texts), TokenizerSettings(vocab_size=400, reserved_tokens=2))
+    storage.write_bytes(f"{workspace}/tokenizer/tokenizer.json", tokenizer.backend.to_str().encode())
+    tokens = np.array(([*tokenizer.encode(TEXT * 30), tokenizer.eot_id]) * 2, np.uint16)
+    write_shard(f"{workspace}/tokens/validation/shard-00000.parquet", tokens, BLOCK, tokenizer.pad_id)
+    shape = {"tokens": len(tokens), "block": BLOCK, "shard_tokens": 32 * BLOCK * 1000, "dtype": "uint16"}
+    manifest = {**shape, "vocab_size": tokenizer.vocab_size, "fingerprint": "of the tokens"}
+    for split in ("train", "validation"):
+        storage.write_json(f"{workspace}/tokens/{split}/manifest.json", manifest)
+    config = ModelConfig(
+        vocab_size=448, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=LENGTH,
+        tied_embeddings=True,
+    )  # fmt: skip
+    run = StoredRun(f"{workspace}/runs/base")
+    run.write_json("run.json", {"model": asdict(config), "tokens_manifest": "of the tokens"})
+    ledger = Ledger()
+    for step, status in ((10, "clean"), (20, "pending"), (30, "poisoned")):
+        model = Transformer(config, seed=step)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(6 if parameter.ndim == 2 else 1)
+        optimizer = build_optimizer(model, OptimizerConfig())
+        checkpoints.save(run, f"checkpoints/step-{step:08d}", model, optimizer, {})
+        ledger.add(Entry(step, step, step, 1.0, f"checkpoints/step-{step:08d}", status))
+    run.write_json(checkpoints.LEDGER, ledger.to_dict())
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("workspace"), letters_are_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def exported(workspace):
+    """The run as transformers sees it: model and tokenizer."""
+    export.run(ExportJob(workspace=workspace))
+    folder = f"{workspace}/exports/base"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_newest_usable_checkpoint_is_taken_unless_another_is_asked_for(workspace):
+    for step, taken in ((None, 20), (10, 10), (30, 30)):
+        trained = load(OfRun(workspace=workspace, step=step))
+        assert trained.step == taken
+        expected = Transformer(trained.model.config, seed=taken).layers[0].attention.w_q.weight * 6
+        torch.testing.assert_close(trained.model.layers[0].attention.w_q.weight, expected)
+
+
+def test_unknown_runs_and_steps_are_refused_by_name(workspace, tmp_path):
+    with pytest.raises(SettingsError, match="name is 'other'; there is no such run"):
+        load(OfRun(workspace=workspace, name="other"))
+    with pytest.raises(SettingsError, match="step is 15; the checkpoints of run base are of steps 10, 20, 30"):
+        load(OfRun(workspace=workspace, step=15))
+
+
+def test_export_has_equal_logits_and_tokens_in_transformers(workspace, exported):
+    model, tokenizer = exported
+    trained = load(OfRun(workspace=workspace))
+    ids = trained.tokenizer.encode(TEXT)
+    assert tokenizer.encode(TEXT) == ids
+    assert tokenizer.decode(ids) == TEXT
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (trained.tokenizer.eot_id, trained.tokenizer.pad_id)
+    assert model.config.eos_token_id == trained.tokenizer.eot_id
+    tokens = torch.tensor([ids[:LENGTH]])
+    with torch.no_grad():
+        torch.testing.assert_close(trained.model(tokens), model(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_generated_text_is_transformers_greedy_text(workspace, exported, capsys):
+    model, tokenizer = exported
+    settings = GenerateJob(workspace=workspace, prompt="The house", max_new_tokens=30, temperature=0)
+    generate.run(settings)
+    printed = capsys.readouterr().out
+    prompt = [tokenizer.eos_token_id, *tokenizer.encode("The house")]
+    ids = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=30,
+        do_sample=False,
+        # rows of the embedding that no token has
+        suppress_tokens=list(range(len(tokenizer), model.config.vocab_size)),
+    )[0, len(prompt) :].tolist()
+    trained = load(OfRun(workspace=workspace))
+    expected = b"".join(trained.tokenizer.token_bytes(token) for token in ids).decode("utf-8", "replace")
+    assert printed == "The house" + expected + "\n"
+
+
+def test_characters_of_several_tokens_come_whole(workspace):
+    trained = load(OfRun(workspace=workspace))
+    text = "日本 naïve 🙂"
+    pieces = list(generate._decoded(trained, iter(trained.tokenizer.encode(text))))
+    assert "".join(pieces) == text
+    assert "�" not in "".join(pieces)
+
+
+def test_validation_loss_is_transformers_loss_on_the_same_sequences(workspace, exported):
+    model, tokenizer = exported
+    results = evaluate.run(EvaluateJob(workspace=workspace, validation_samples=7, batch=3))
+    tokens = ([*tokenizer.encode(TEXT * 30), tokenizer.eos_token_id]) * 2
+    losses, targets = [], []
+    for i in range(7):
+        sample = torch.tensor([tokens[i * LENGTH : (i + 1) * LENGTH + 1]])
+        with torch.no_grad():
+            losses.append(torch.nn.functional.cross_entropy(model(sample[:, :-1]).logits[0], sample[0, 1:]).item())
+        targets += sample[0, 1:].tolist()
+    size = sum(len(load(OfRun(workspace=workspace)).tokenizer.token_bytes(t)) for t in targets)
+    assert results["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    bits = np.mean(losses) * len(targets) / math.log(2) / size
+    assert results["validation_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert json.loads(storage.read_bytes(f"{workspace}/evals/base/results.json")) == results
+
+
+def write_mmlu(folder, subjects=("high_school_rivers", "old_houses"), questions=5):
+    header = "question,choice0,choice1,choice2,choice3,answer\n"
+    for subject in subjects:
+        for part, n in (("dev", 3), ("test", questions)):
+            rows = [f'"Is {i} old, or ""wide""?",{i},river,"a, b",D{i},{i % 4}\n' for i in range(n)]
+            storage.write_bytes(f"{folder}/{part}/{subject}_{part}.csv", (header + "".join(rows)).encode())
+    return str(folder)
+
+
+def test_prompt_is_the_published_format_and_drops_examples_that_do_not_fit(workspace):
+    trained = load(OfRun(workspace=workspace))
+    solved = [Question("old_houses", "Is it?", ("a", "b", "c", "d"), 2)]
+    question = Question("old_houses", "Was it? ", ("w", "x", "y", "z"), 0)
+    head = "The following are multiple choice questions (with answers) about old houses.\n\n"
+    own = "Was it?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
+    whole = head + "Is it?\nA. a\nB. b\nC. c\nD. d\nAnswer: C\n\n" + own
+    encode, eot = trained.tokenizer.encode, trained.tokenizer.eot_id
+    assert prompt_tokens(trained, solved, question, 1000) == [eot, *encode(whole)]
+    assert prompt_tokens(trained, solved, question, len(encode(whole))) == [eot, *encode(head + own)]
+    assert prompt_tokens(trained, solved, question, 10) == encode(head + own)[-10:]
+
+
+@pytest.mark.parametrize("letters_are_tokens", [True, False])
+def test_letters_are_scored_as_transformers_scores_them(tmp_path, letters_are_tokens):
+    workspace = make_workspace(tmp_path / "workspace", letters_are_tokens=letters_are_tokens)
+    trained = load(OfRun(workspace=workspace))
+    encoded = [trained.tokenizer.encode(f" {letter}") for letter in "ABCD"]
+    assert all(len(tokens) == 1 for tokens in encoded) == letters_are_tokens
+    export.run(ExportJob(workspace=workspace, output=str(tmp_path / "export")))
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "export"), dtype=torch.float32).eval()
+    prompts = [trained.tokenizer.encode(text) for text in ("the", "the house is", "wide river", "old")]
+    expected = np.zeros((4, 4))
+    for i, prompt in enumerate(prompts):
+        for j, letter in enumerate(encoded):
+            with torch.no_grad():
+                log_probs = model(torch.tensor([prompt + letter])).logits[0].log_softmax(-1)
+            expected[i, j] = sum(log_probs[len(prompt) - 1 + k, token].item() for k, token in enumerate(letter))
+    np.testing.assert_allclose(answer(trained, prompts, batch=3), expected, atol=1e-4)
+
+
+def test_every_question_is_answered_and_counted(workspace, tmp_path):
+    mmlu = write_mmlu(tmp_path / "mmlu")
+    results = evaluate.run(EvaluateJob(workspace=workspace, validation_samples=2, mmlu=mmlu, few_shot=2, batch=4))
+    lines = storage.read_bytes(f"{workspace}/evals/base/mmlu.jsonl").decode().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [(a["subject"], a["question"], a["answer"]) for a in answers] == [
+        (subject, i, i % 4) for subject in ("high_school_rivers", "old_houses") for i in range(5)
+    ]
+    assert all(a["chosen"] == int(np.argmax(a["log_likelihoods"])) for a in answers)
+    assert results["mmlu"]["questions"] == 10
+    assert results["mmlu"]["accuracy"] == pytest.approx(np.mean([a["chosen"] == a["answer"] for a in answers]))
+
+
+def test_limit_and_shots_are_kept(tmp_path):
+    mmlu = write_mmlu(tmp_path / "mmlu")
+    for few_shot, limit, expected in ((0, None, (0, 5)), (2, 3, (2, 3)), (9, 9, (3, 5))):
+        for _, solved, questions in read_folder(mmlu, few_shot, limit):
+            assert (len(solved), len(questions)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--temperature", "-1"], "temperature is -1.0; it has to be at least 0"),
+        (["generate", "--top_p", "0"], "top_p is 0.0"),
+        (["generate", "--max_new_tokens", "0"], "max_new_tokens is 0"),
+        (["generate", "--max_new_tokens", "100"], "must be at most 48"),
+        (["generate", "--name", "other"], "name is 'other'"),
+        (["evaluate", "--limit", "0"], "limit is 0"),
+        (["evaluate", "--batch", "0"], "batch is 0"),
+        (["evaluate", "--mmlu", "/no/such/folder"], "/no/such/folder"),
+        (["export", "--step", "11"], "step is 11"),
+    ],
+)
+def test_bad_settings_end_with_status_2_and_a_sentence(workspace, arguments, message, capsys):
+    assert main([*arguments, "--workspace", workspace]) == 2
+    assert message in capsys.readouterr().err
