@@ -11,11 +11,12 @@ log = logging.getLogger("ingot")
 
 
 @contextlib.contextmanager
-def ray_session(cpus: int = 1) -> Iterator[None]:
+def ray_session(cpus: int = 1, *, dashboard: bool = False) -> Iterator[None]:
     """Ray for the time of a job: joined when a cluster is given or it runs already, else started and stopped after.
 
     Args:
         cpus: cores that the job needs at least; a smaller machine shares what it has.
+        dashboard: whether a Ray that is started here needs its dashboard, which takes some seconds.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker is seen
     import ray
@@ -30,7 +31,7 @@ def ray_session(cpus: int = 1) -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         cores = max(os.cpu_count() or 1, cpus)
         log.info("ray: starts on this machine with %d cores", cores)
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=cores, include_dashboard=dashboard, **quiet)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     try:

@@ -331,10 +331,12 @@ class DemoJob(InWorkspace):
 
     chaos: bool = False
     """Kill a worker and poison a stretch of data on the way, to watch the run recover."""
-    steps: int = 400
-    """Optimizer steps of the pretraining run."""
-    seed: int = 0
-    """Of planted duplicates, weights and data order."""
+    steps: int | None = None
+    """Optimizer steps of the pretraining run; null takes the recipe's."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is started."""
+        require(self.steps is None or self.steps >= 20, "steps", self.steps, "at least 20")
 
 
 def with_setting(settings: Any, name: str, value: Any) -> Any:

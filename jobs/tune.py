@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 from typing import Any
 
 import yaml
@@ -38,7 +39,8 @@ def run(settings: TuneJob) -> list[dict[str, Any]]:
     every = max(base.steps // settings.comparisons, 1)
     base = dataclasses.replace(base, validate_every=every, checkpoint_every=every, keep_checkpoints=1)
     _remember(folder, settings)
-    with ray_session(base.workers):
+    # Ray Train frees the cores of a trial that ASHA stopped by asking the dashboard whether its controller is gone.
+    with ray_session(base.workers, dashboard=True):
         tuner = _tuner(settings, base, folder, every)
         log.info("tune: sweep %s, %d trials of %d steps", settings.name, settings.trials, base.steps)
         errors = [str(result.error) for result in tuner.fit() if result.error is not None]
@@ -71,11 +73,11 @@ def _tuner(settings: TuneJob, base: PretrainJob, folder: str, every: int) -> Any
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search import BasicVariantGenerator
 
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its table of the search settings says nothing new
     need, kind = (base.workers, "GPU") if base.device == "gpu" else (base.workers * base.cpus_per_worker, "CPU")
     concurrent = settings.concurrent_trials or max(int(ray.cluster_resources().get(kind, 0) // need), 1)
-    # The trial's own process only waits for its Ray Train workers, which reserve what they need.
-    trainable = tune.with_resources(tune.with_parameters(_trial, base=base, folder=folder), {"CPU": 0})
+    # The trial's own process only waits for its Ray Train workers, which reserve what they need: it takes no core.
+    trainable = tune.with_resources(tune.with_parameters(_trial, base=base, folder=folder), {"memory": 2**26})
     if tune.Tuner.can_restore(storage.join(folder, "tune")):
         log.info("tune: goes on with the sweep in %s", folder)
         return tune.Tuner.restore(storage.join(folder, "tune"), trainable, resume_unfinished=True, restart_errored=True)
