@@ -12,6 +12,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 def ray_session():
     import ray
 
+    # Workers unpickle the functions of test modules, so they have to find those.
+    here = os.path.dirname(os.path.abspath(__file__))
+    folders = [os.path.dirname(here), *(f"{here}/{name}" for name in ("pipelines", "models", "jobs", "cluster"))]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
     if not ray.is_initialized():
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield ray
