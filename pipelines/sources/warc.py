@@ -1,0 +1,224 @@
+"""Web archives (WARC/1.0 and 1.1): HTML pages of response records, and the extracted text of WET files.
+
+In a ``.warc.gz`` every record is its own gzip member. A damaged member costs that record alone; a broken header in an
+uncompressed archive costs the bytes up to the next one.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from fastwarc.warc import ArchiveIterator, WarcRecordType
+
+from pipelines import storage
+from pipelines.documents import BadRecord, document_id
+from pipelines.sources import Record, Source
+from pipelines.sources.compressed import Damage, pieces
+
+_VERSION = b"WARC/"
+_NEXT_RECORD = re.compile(rb"(?<=\n)WARC/[0-9]")
+_HEADER_BYTES = 64 << 10
+_LENGTH = re.compile(rb"^content-length:[ \t]*([0-9]{1,15})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+_TYPE = re.compile(rb"^warc-type:[ \t]*([a-z]+)", re.IGNORECASE | re.MULTILINE)
+_HTML = ("text/html", "application/xhtml+xml")
+
+
+class _Raw(NamedTuple):
+    """A record as it stands in the archive: its position within the member, header and block."""
+
+    position: int
+    kind: bytes
+    data: bytes
+
+
+class _Broken(NamedTuple):
+    position: int
+    reason: str
+    detail: str
+
+
+def read(uri: str, source: Source) -> Iterator[Record | BadRecord]:
+    """Pages (kind warc) or extracted texts (kind wet) of an archive.
+
+    Responses that are no HTML or whose HTTP status is not 200 are BadRecords too, so that they are counted.
+    """
+    wanted = b"response" if source.kind == "warc" else b"conversion"
+    for found in _records(uri, source.max_record_bytes):
+        if isinstance(found, BadRecord):
+            yield found
+            continue
+        offset, raw = found
+        if raw.kind.lower() != wanted:
+            continue
+        try:
+            yield _page(uri, offset, raw, source) if wanted == b"response" else _text(uri, offset, raw, source)
+        except Exception as error:  # whatever the parser says of a record, the next one is read
+            yield BadRecord(uri, offset, f"{source.kind}: broken record", repr(error))
+
+
+def _records(uri: str, limit: int) -> Iterator[tuple[int, _Raw] | BadRecord]:
+    """Raw records with their offsets: that of the member where there are members, else that of the record."""
+
+    def located(found: _Raw | _Broken, member: int, compressed: bool) -> tuple[int, _Raw] | BadRecord:
+        offset = member if compressed else found.position
+        if isinstance(found, _Raw):
+            return offset, found
+        where = f"; {found.position} bytes into the member that starts at the offset" if compressed else ""
+        return BadRecord(uri, offset, found.reason, found.detail + where)
+
+    with storage.open_input(uri) as file:
+        compressed = not _plain(file)
+        splitter, held, member = _Splitter(limit), None, 0
+        for piece in pieces(file, lambda start: start.startswith(_VERSION)):
+            if isinstance(piece, Damage):
+                # What is held comes from the damaged member and so cannot be trusted.
+                splitter, held = _Splitter(limit), None
+                yield BadRecord(uri, piece.offset, "warc: damaged gzip member", piece.detail)
+                continue
+            member = piece.member
+            for found in splitter.feed(piece.data, final=piece.ends):
+                if held is not None:
+                    yield held
+                held = located(found, member, compressed)
+            if piece.ends:
+                if held is not None:
+                    yield held
+                splitter, held = _Splitter(limit), None
+        for found in splitter.feed(b"", final=True):
+            if held is not None:
+                yield held
+            held = located(found, member, compressed)
+        if held is not None:
+            yield held
+
+
+def _plain(file: storage.pa.NativeFile) -> bool:
+    start = file.read(4)
+    file.seek(0)
+    return not start.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd"))
+
+
+class _Splitter:
+    """Cuts a stream of bytes into records; after a broken one it goes on at the next line that starts a record."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.buffer = bytearray()
+        self.position = 0  # of the first byte of the buffer
+        self.skip = 0  # bytes of a block that is too long, still to be passed over
+        self.searching = False
+
+    def feed(self, data: bytes, *, final: bool) -> Iterator[_Raw | _Broken]:
+        """Records that are complete once ``data`` is there; ``final`` says that nothing follows."""
+        self.buffer += data
+        while self.buffer:
+            if self.skip:
+                gone = min(self.skip, len(self.buffer))
+                self.skip -= gone
+                self._drop(gone)
+            elif self.searching:
+                if not self._search(final):
+                    return
+            else:
+                found = self._next(final)
+                if found is None:
+                    return
+                if found:
+                    yield found
+
+    def _next(self, final: bool) -> _Raw | _Broken | bool | None:
+        """A record or what is wrong with it; False after blank lines, None when more bytes are needed."""
+        blank = len(self.buffer) - len(self.buffer.lstrip(b"\r\n"))
+        if blank:
+            self._drop(blank)
+            return False
+        if not self.buffer.startswith(_VERSION[: len(self.buffer)]):
+            return self._broken("warc: broken header", f"starts with {bytes(self.buffer[:40])!r}", 1)
+        end = self.buffer.find(b"\r\n\r\n", 0, _HEADER_BYTES)
+        if end < 0:
+            if len(self.buffer) < _HEADER_BYTES and not final:
+                return None
+            return self._broken("warc: broken header", "does not end", 1)
+        header = bytes(self.buffer[: end + 2])
+        length = _LENGTH.search(header)
+        kind = _TYPE.search(header)
+        if not length or not kind:
+            missing = "Content-Length" if not length else "WARC-Type"
+            return self._broken("warc: broken header", f"no valid {missing}", len(header))
+        return self._block(end + 4, int(length[1]), kind[1], final)
+
+    def _block(self, start: int, length: int, kind: bytes, final: bool) -> _Raw | _Broken | None:
+        if length > self.limit:
+            broken = _Broken(self.position, "warc: record too long", f"{length} bytes")
+            self._drop(start)
+            self.skip = length
+            return broken
+        end = start + length
+        if len(self.buffer) < end + 4 and not final:
+            return None
+        if len(self.buffer) < end:
+            return self._broken("warc: record cut short", f"{len(self.buffer) - start} of {length} bytes", start)
+        behind = bytes(self.buffer[end : end + 4]).lstrip(b"\r\n")
+        if not _VERSION.startswith(behind):
+            return self._broken("warc: broken header", f"Content-Length {length} does not end at a record's end", start)
+        raw = _Raw(self.position, kind, bytes(self.buffer[:end]))
+        self._drop(end)
+        return raw
+
+    def _broken(self, reason: str, detail: str, search_from: int) -> _Broken:
+        broken = _Broken(self.position, reason, detail)
+        # One byte stays in front: a record is recognised by the line end before it.
+        self._drop(max(0, min(search_from, len(self.buffer)) - 1))
+        self.searching = True
+        return broken
+
+    def _search(self, final: bool) -> bool:
+        found = _NEXT_RECORD.search(self.buffer)
+        if found:
+            self._drop(found.start())
+            self.searching = False
+            return True
+        self._drop(len(self.buffer) if final else max(0, len(self.buffer) - len(_VERSION) - 2))
+        return False
+
+    def _drop(self, count: int) -> None:
+        del self.buffer[:count]
+        self.position += count
+
+
+def _page(uri: str, offset: int, raw: _Raw, source: Source) -> Record | BadRecord:
+    archive = ArchiveIterator(io.BytesIO(raw.data), record_types=WarcRecordType.response, auto_decode="all")
+    record = next(iter(archive))
+    if not record.is_http or record.http_headers is None:
+        return BadRecord(uri, offset, "warc: not HTTP", record.headers.get("Content-Type") or "")
+    if record.http_headers.status_code != 200:
+        return BadRecord(uri, offset, "warc: HTTP status", str(record.http_headers.status_code))
+    content_type = record.http_headers.get("Content-Type") or record.headers.get("WARC-Identified-Payload-Type") or ""
+    if content_type.partition(";")[0].strip().lower() not in _HTML:
+        return BadRecord(uri, offset, "warc: not HTML", content_type)
+    document = _document(uri, offset, record.headers, source)
+    return document | {"html": record.reader.read(), "content_type": content_type}
+
+
+def _text(uri: str, offset: int, raw: _Raw, source: Source) -> Record | BadRecord:
+    archive = ArchiveIterator(io.BytesIO(raw.data), record_types=WarcRecordType.conversion, parse_http=False)
+    record = next(iter(archive))
+    try:
+        text = record.reader.read().decode()
+    except UnicodeDecodeError as error:
+        return BadRecord(uri, offset, "wet: bad UTF-8", str(error))
+    return _document(uri, offset, record.headers, source) | {"text": text}
+
+
+def _document(uri: str, offset: int, headers, source: Source) -> Record:
+    record = headers.get("WARC-Record-ID") or str(offset)
+    return {
+        "id": document_id(source.label, source.relative(uri), record),
+        "url": headers.get("WARC-Target-URI"),
+        "path": uri,
+        "offset": offset,
+        "metadata": {"date": headers.get("WARC-Date"), "record": record},
+    }
