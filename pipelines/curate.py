@@ -151,7 +151,7 @@ def _extract_stage(folder: str, settings: CurationSettings) -> dict[str, Any]:
         "extract",
         folder,
         {"sources": [asdict(source) for source in settings.sources], "set_aside_share": settings.set_aside_share},
-        {"files": xxhash.xxh3_128_hexdigest(listing)},
+        {"files": xxhash.xxh3_128_hexdigest(listing.encode())},
     )
     if manifest := stage.finished():
         log.info("extract: up to date, nothing to do")
