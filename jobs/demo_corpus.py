@@ -1,8 +1,9 @@
 """Raw text for the demo from what every Python installation has, with no network.
 
-Web pages are the standard library's modules (and numpy's) as pydoc renders them, written as gzip WARC files. Books
-are the language reference that ships as ``pydoc_data.topics`` and the long descriptions of installed packages; the
-shorter descriptions are a JSON Lines file. Code is the standard library's own source, read where it is installed.
+Web pages are the modules and classes of the standard library (and numpy) as pydoc renders them, written as gzip WARC
+files. Books are the language reference that ships as ``pydoc_data.topics`` and the long descriptions of installed
+packages; the shorter descriptions are a JSON Lines file. Code is the standard library's own source without its test
+suite, which not every installation has; it is read where it is installed, through links.
 
 So that every part of the pipeline has something to do, some pages are there twice (exactly, or with a few words
 changed), the last WARC file ends within a record, and one JSON line is broken. ``planted.json`` says which.
@@ -34,13 +35,14 @@ VERSION = 1
 
 # They open windows, browsers or sockets, print, or are the test suite.
 SKIPPED = {"antigravity", "this", "idlelib", "turtledemo", "test", "tests", "lib2to3", "pydoc_data", "__main__"}
+NO_CODE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 PAGES_OF_PACKAGES = ("numpy",)  # a dependency, so it is there; 6 MB of prose about arrays
 RENDERERS = 2
 RENDER_SECONDS = 180
 WARC_BYTES = 6_000_000  # of pages before compression
 CHAPTER_BYTES = 30_000
 BOOK_CHARACTERS = 12_000  # package descriptions at least this long are books
-PLANTED_PAGES = 40  # of each kind
+PLANTED_PAGES = 60  # of each kind
 REPLACEMENTS = ("amber", "basalt", "cinder", "dolomite", "ember", "feldspar", "garnet", "hematite")
 
 
@@ -76,6 +78,7 @@ def make_corpus(folder: str, seed: int = 0) -> list[Source]:
     for name in ("web", "books"):
         os.makedirs(f"{unfinished}/{name}")
     planted = _write_web(f"{unfinished}/web", _render_pages(unfinished), random.Random(seed))
+    _link_code(f"{unfinished}/code")
     _write_reference(f"{unfinished}/books")
     planted |= _write_descriptions(f"{unfinished}/books", f"{unfinished}/descriptions.jsonl")
     for name, value in (("planted", planted), ("made-from", made_from)):
@@ -91,7 +94,7 @@ def _sources(folder: str) -> list[Source]:
         Source(kind="warc", path=f"{folder}/web", name="web"),
         Source(kind="books", path=f"{folder}/books", name="books"),
         Source(kind="jsonl", path=f"{folder}/descriptions.jsonl", name="descriptions"),
-        Source(kind="code", path=sysconfig.get_paths()["stdlib"], name="code"),
+        Source(kind="code", path=f"{folder}/code", name="code"),
     ]
 
 
@@ -119,12 +122,12 @@ def _submodules(folder: str, prefix: str) -> Iterator[str]:
 
 
 def _render_pages(folder: str) -> dict[str, str]:
-    """Each module's page in HTML, by name; modules that cannot be imported here are left out."""
+    """HTML pages of modules and classes, by name; modules that cannot be imported here are left out."""
     names = _modules()
     shares = [names[i::RENDERERS] for i in range(RENDERERS)]
     outputs = [f"{folder}/pages-{i}.jsonl" for i in range(RENDERERS)]
     running = [_start_renderer(share, out, folder) for share, out in zip(shares, outputs, strict=True)]
-    pages: dict[str, str | None] = {}
+    pages: dict[str, dict[str, str] | None] = {}
     for share, out, renderer in zip(shares, outputs, running, strict=True):
         pages |= _pages_of(renderer, out)
         while missing := [name for name in share if name not in pages]:
@@ -132,10 +135,10 @@ def _render_pages(folder: str) -> dict[str, str]:
             pages[missing[0]] = None
             pages |= _pages_of(_start_renderer(missing[1:], out, folder), out)
         os.unlink(out)
-    return {name: pages[name] for name in names if pages[name]}
+    return {page: html for name in names for page, html in (pages[name] or {}).items()}
 
 
-def _pages_of(renderer: subprocess.Popen, out: str) -> dict[str, str | None]:
+def _pages_of(renderer: subprocess.Popen, out: str) -> dict[str, dict[str, str] | None]:
     """What one renderer wrote before it ended, or was ended because a module hangs."""
     try:
         renderer.wait(RENDER_SECONDS)
@@ -144,7 +147,7 @@ def _pages_of(renderer: subprocess.Popen, out: str) -> dict[str, str | None]:
         renderer.wait()
     with open(out, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file if line.endswith("\n")]
-    return {line["name"]: line["html"] for line in lines}
+    return {line["name"]: line["pages"] for line in lines}
 
 
 def _start_renderer(names: list[str], out: str, folder: str) -> subprocess.Popen:
@@ -227,6 +230,18 @@ def _change_words(html: str, rng: random.Random) -> str:
     for start, end in changed:
         html = html[:start] + rng.choice(REPLACEMENTS) + html[end:]
     return html
+
+
+def _link_code(folder: str) -> None:
+    """A tree of links to the standard library's source files."""
+    stdlib = sysconfig.get_paths()["stdlib"]
+    for place, folders, files in os.walk(stdlib):
+        folders[:] = sorted(name for name in folders if name not in NO_CODE)
+        target = os.path.normpath(os.path.join(folder, os.path.relpath(place, stdlib)))
+        os.makedirs(target)
+        for name in files:
+            if name.endswith(".py"):
+                os.symlink(os.path.join(place, name), os.path.join(target, name))
 
 
 def _write_reference(folder: str) -> None:

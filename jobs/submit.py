@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import shlex
@@ -210,6 +211,8 @@ def _connect(address: str, headers: dict[str, str]) -> Any:
         raise SettingsError(
             f"{address}: the cluster runs Ray {version} and this machine {ray.__version__}; install the same on both"
         )
+    for module in ("dashboard_sdk", "job.sdk"):  # they tell of uploads and closed connections
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     return JobSubmissionClient(address, headers=dict(headers))
 
 
