@@ -197,8 +197,7 @@ def _checkpoints(ledger: dict[str, Any]) -> str:
 
 def _samples(samples: list[dict[str, str]]) -> str:
     texts = "".join(
-        f"<blockquote><b>{html.escape(s['prompt'])}</b>{html.escape(s['text'].removeprefix(s['prompt']))}</blockquote>"
-        for s in samples
+        f"<blockquote><b>{html.escape(s['prompt'])}</b>{html.escape(s['text'])}</blockquote>" for s in samples
     )
     return f"<section><h2>What it writes</h2>{texts}</section>" if samples else ""
 
@@ -207,16 +206,21 @@ def _evaluations(workspace: str, run: str) -> str:
     folder = storage.join(workspace, "evals", run)
     if not storage.exists(folder):
         return ""
-    rows, details = [], []
+    rows: list[list[str]] = []
+    details = []
     for file in [file for file in storage.list_files(folder) if file.uri.endswith(".json")]:
-        result = storage.read_json(file.uri)
-        name = storage.file_name(file.uri).removesuffix(".json")
-        plain = {k: v for k, v in result.items() if isinstance(v, (int, float, str))}
-        rows.append([name, ", ".join(f"{k.replace('_', ' ')} {_value(v)}" for k, v in plain.items())])
-        rest = {k: v for k, v in result.items() if k not in plain}
-        if rest:
-            details.append(_folded(f"{name} in detail", f"<pre>{html.escape(json.dumps(rest, indent=1))}</pre>"))
-    return _table("Evaluation", ["task", "result"], rows) + "".join(details)
+        found = storage.read_json(file.uri)
+        groups = {"": {k: v for k, v in found.items() if k not in ("name", "time")}}
+        groups |= {name: group for name, group in found.items() if isinstance(group, dict)}
+        for name, group in groups.items():
+            told = {k: v for k, v in group.items() if isinstance(v, int | float | str)}
+            rows += [[f"{name} {key}".strip().replace("_", " "), _value(value)] for key, value in told.items()]
+            # What goes deeper, such as the accuracy of each subject
+            for key, value in group.items():
+                if name and isinstance(value, dict):
+                    lines = [[inner.replace("_", " "), _value(v)] for inner, v in value.items()]
+                    details.append(_folded(f"{name}: {key.replace('_', ' ')}", _table("", ["", ""], lines)))
+    return _table("Evaluation", ["", ""], rows) + "".join(details)
 
 
 def _data(workspace: str, manifests: dict[str, dict[str, Any]]) -> str:

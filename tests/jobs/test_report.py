@@ -99,7 +99,7 @@ def workspace(tmp_path):
     (run / "ledger.json").write_text(
         json.dumps({"checkpoints": checkpoints, "skips": [[125, 135]], "rollbacks": 1, "rollback_steps": [131]})
     )
-    (run / "samples.json").write_text(json.dumps([{"prompt": "def f(x):", "text": "def f(x):\n    return x < 3 & y"}]))
+    (run / "samples.json").write_text(json.dumps([{"prompt": "def f(x):", "text": "\n    return x < 3 & y"}]))
 
     documents, size = 2000, 40_000_000
     for stage, reasons in (
@@ -127,7 +127,9 @@ def workspace(tmp_path):
             (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
     trials = [{"trial": "a", "optimizer.lr": 0.003, "validation_loss": 3.11, "step": 200}]
     (tmp_path / "sweeps/lr/results.json").write_text(json.dumps({"space": ["optimizer.lr"], "trials": trials}))
-    (tmp_path / "evals/base/mmlu.json").write_text(json.dumps({"accuracy": 0.2513, "subjects": {"law": 0.3}}))
+    (tmp_path / "evals/base/results.json").write_text(
+        json.dumps({"name": "base", "time": 9.9, "validation_loss": 3.045, "mmlu": {"all": 0.2513, "by": {"law": 0.3}}})
+    )
     return str(tmp_path)
 
 
@@ -150,7 +152,9 @@ def test_the_page_tells_the_whole_story_and_needs_nothing_beside_itself(workspac
         "3.21 bytes per token",
         "9.1M tokens of 1,200 documents, 29.0 MB of text",
         "return x < 3 & y",
-        "accuracy 0.2513",
+        "validation loss 3.045",
+        "mmlu all 0.2513",
+        "def f(x): return",
         "optimizer.lr",
         "poisoned",
         "<the worker> died & was lost",
