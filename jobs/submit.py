@@ -211,8 +211,8 @@ def _connect(address: str, headers: dict[str, str]) -> Any:
         raise SettingsError(
             f"{address}: the cluster runs Ray {version} and this machine {ray.__version__}; install the same on both"
         )
-    for module in ("dashboard_sdk", "job.sdk"):  # they tell of uploads and closed connections
-        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+    for module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # they tell of uploads and closed connections
     return JobSubmissionClient(address, headers=dict(headers))
 
 
@@ -262,7 +262,8 @@ def _follow(client: Any, submission: str, patience: float) -> int:
     if details.status == "SUCCEEDED":
         return 0
     if details.message:
-        print(f"{submission}: {_first_line(details.message)}", file=sys.stderr)
+        reason = _first_line(details.message).split(", last available logs")[0]  # they were printed as they came
+        print(f"{submission}: {reason}", file=sys.stderr)
     code = details.driver_exit_code or 1
     return code if 0 < code < 256 else 1
 
