@@ -7,7 +7,9 @@ the one truth about a run: whoever starts or goes back reads it, and it is writt
 
 from __future__ import annotations
 
+import contextlib
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -118,8 +120,8 @@ def save(
     if rank == 0:
         run.delete(folder)  # what an attempt that was killed may have left
     barrier()
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=run.uri(folder))
+    with _alone():
+        dcp.save(_states(model, optimizer), checkpoint_id=run.uri(folder))
     barrier()
     sums = _gather(run.checksums(folder, rank, world))
     if rank == 0:
@@ -140,9 +142,9 @@ def load(run: RunFolder, folder: str, model: nn.Module, optimizer: torch.optim.O
     found = _gather({name: value for name, value in run.checksums(folder, rank, world).items() if name != RECEIPT})
     if found != receipt["files"]:
         return None
-    weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=run.uri(folder))
+    state = _states(model, optimizer)
+    with _alone():
+        dcp.load(state, checkpoint_id=run.uri(folder))
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return receipt
 
@@ -156,8 +158,30 @@ def load_weights(run: RunFolder, folder: str, model: nn.Module) -> None:
     if run.read_json(f"{folder}/{RECEIPT}") is None:
         raise FileNotFoundError(f"{run.uri(folder)}: not a finished checkpoint (it has no {RECEIPT})")
     weights = model.state_dict()
-    dcp.load({"model": weights}, checkpoint_id=run.uri(folder), no_dist=True)
+    with _alone():
+        dcp.load({"model": weights}, checkpoint_id=run.uri(folder), no_dist=True)
     model.load_state_dict(weights)
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and optimizer state as ``torch.distributed.checkpoint`` wants them, shards included."""
+    fresh = not optimizer.state
+    weights, moments = get_state_dict(model, optimizer)
+    if fresh:
+        # It makes the state of an optimizer that has none by a step of length 0, which must not count as one: it would
+        # shift the bias correction of all that follow.
+        for state in optimizer.state.values():
+            state["step"].zero_()
+        weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments}
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Without the warning that a process without a group saves or loads alone: here it is meant to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _gather(mine: dict[str, Any]) -> dict[str, Any]:

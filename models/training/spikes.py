@@ -1,8 +1,9 @@
 """Spike detection by robust statistics over the recent losses.
 
 A loss is an outlier when it lies more than ``threshold`` scaled median absolute deviations above the median of the
-last accepted ones (Leys et al. 2013, "Detecting outliers"); outliers stay out of the window, so that a spike that lasts
-does not become the new normal. All ranks feed the same all-reduced numbers and so come to the same verdict.
+last few accepted ones (Leys et al. 2013, "Detecting outliers"). The deviations are those of past losses from the same
+kind of short median, so that a loss that still falls does not look like noise; outliers stay out of both, so that a
+spike that lasts does not become the new normal. All ranks feed the same all-reduced numbers: all come to one verdict.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ class SpikeConfig:
     """When the loss counts as spiking, and how often the run may go back."""
 
     window: int = 128
-    """Accepted losses that are remembered."""
+    """Accepted losses whose deviations are remembered."""
+    recent: int = 16
+    """Newest accepted losses, whose median is what a loss is compared with."""
     min_history: int = 20
-    """Losses that must be there before anything but a non-finite value is judged."""
+    """Deviations that must be there before anything but a non-finite value is judged."""
     threshold: float = 8.0
     """Scaled median absolute deviations above the median that make an outlier."""
     min_increase: float = 0.03
@@ -41,7 +44,7 @@ class SpikeConfig:
 
     def validate(self) -> None:
         """Raise ValueError for what cannot work."""
-        for name in ("window", "min_history", "patience", "max_rollbacks", "rollback_window"):
+        for name in ("window", "recent", "min_history", "patience", "max_rollbacks", "rollback_window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"spikes.{name} is {getattr(self, name)}; it has to be at least 1")
         if self.min_history > self.window:
@@ -60,7 +63,7 @@ class Verdict(NamedTuple):
         outlier: the step's update should not be applied.
         spike: the run should go back.
         reason: why, in words; empty when all is well.
-        median: of the window, nan while it is too short.
+        median: of the recent losses, nan while there are too few.
     """
 
     outlier: bool
@@ -74,25 +77,29 @@ class SpikeDetector:
 
     def __init__(self, config: SpikeConfig) -> None:
         self.config = config
-        self.losses: deque[float] = deque(maxlen=config.window)
+        self.losses: deque[float] = deque(maxlen=config.recent)
+        self.deviations: deque[float] = deque(maxlen=config.window)
         self.first_outlier: int | None = None  # data step
         self.in_a_row = 0
 
     def observe(self, data_step: int, loss: float, grad_norm: float) -> Verdict:
         """Judge one step by its all-reduced loss (nats) and gradient norm."""
         config = self.config
-        median = statistics.median(self.losses) if len(self.losses) >= config.min_history else math.nan
+        median = statistics.median(self.losses) if len(self.losses) == config.recent else math.nan
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._outlier(data_step)
             what = "loss" if not math.isfinite(loss) else "gradient norm"
             return Verdict(True, True, f"{what} is not finite", median)
-        if not math.isnan(median):
-            deviation = _NORMAL * statistics.median(abs(value - median) for value in self.losses)
-            limit = median + max(config.threshold * deviation, config.min_increase * abs(median))
+        if len(self.deviations) >= config.min_history:
+            center = statistics.median(self.deviations)
+            spread = _NORMAL * statistics.median(abs(d - center) for d in self.deviations)
+            limit = median + max(center + config.threshold * spread, config.min_increase * abs(median))
             if loss > limit:
                 self._outlier(data_step)
                 reason = f"loss {loss:.4f} above {limit:.4f} for {self.in_a_row} steps"
                 return Verdict(True, self.in_a_row >= config.patience, reason, median)
+        if not math.isnan(median):
+            self.deviations.append(loss - median)
         self.losses.append(loss)
         self.first_outlier, self.in_a_row = None, 0
         return Verdict(False, False, "", median)
@@ -104,9 +111,15 @@ class SpikeDetector:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything it remembers, as JSON."""
-        return {"losses": list(self.losses), "first_outlier": self.first_outlier, "in_a_row": self.in_a_row}
+        return {
+            "losses": list(self.losses),
+            "deviations": list(self.deviations),
+            "first_outlier": self.first_outlier,
+            "in_a_row": self.in_a_row,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember what ``state_dict`` gave."""
-        self.losses = deque(state["losses"], maxlen=self.config.window)
+        self.losses = deque(state["losses"], maxlen=self.config.recent)
+        self.deviations = deque(state["deviations"], maxlen=self.config.window)
         self.first_outlier, self.in_a_row = state["first_outlier"], state["in_a_row"]

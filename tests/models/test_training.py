@@ -1,0 +1,299 @@
+"""The training loop in one process, with batches, folder and clock handed in: no Ray."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+
+from models.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from models.optimizer import build_optimizer
+from models.training.checkpoints import Entry, Ledger
+from models.training.loop import LoopConfig, Training, TrainingStoppedError
+from models.training.spikes import SpikeConfig
+from models.training.state import TrainState
+from models.transformer import Transformer
+
+CONFIG = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=64, max_seq_len=16)
+
+
+class Folder:
+    """A run's folder in a local directory, written with the standard library alone."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def uri(self, name):
+        return os.path.join(self.path, name)
+
+    def read_json(self, name):
+        if not os.path.exists(self.uri(name)):
+            return None
+        with open(self.uri(name)) as file:
+            return json.load(file)
+
+    def write_text(self, name, text):
+        os.makedirs(os.path.dirname(self.uri(name)), exist_ok=True)
+        with open(self.uri(name), "w") as file:
+            file.write(text)
+
+    def write_json(self, name, value):
+        self.write_text(name, json.dumps(value))
+
+    def append_line(self, name, line):
+        os.makedirs(self.path, exist_ok=True)
+        with open(self.uri(name), "a") as file:
+            file.write(line + "\n")
+
+    def delete(self, name):
+        shutil.rmtree(self.uri(name), ignore_errors=True)
+
+    def checksums(self, folder, part, of):
+        sums = {}
+        for name in sorted(os.listdir(self.uri(folder)))[part::of]:
+            with open(self.uri(f"{folder}/{name}"), "rb") as file:
+                data = file.read()
+            sums[name] = [len(data), hashlib.sha256(data).hexdigest()]
+        return sums
+
+    def events(self, kind=None):
+        with open(self.uri("events.jsonl")) as file:
+            rows = [json.loads(line) for line in file]
+        return [row for row in rows if kind is None or row["event"] == kind]
+
+    def losses(self):
+        rows = []
+        for name in os.listdir(self.uri("metrics")):
+            with open(self.uri(f"metrics/{name}")) as file:
+                rows += [json.loads(line) for line in file]
+        rows.sort(key=lambda row: row["time"])
+        return {row["step"]: row["loss"] for row in rows if row.get("loss") is not None}
+
+
+def batch(data_step):
+    """A batch that can be learnt: counting upwards from a random start."""
+    generator = torch.Generator().manual_seed(data_step)
+    return (torch.randint(0, 64, (8, 1), generator=generator) + torch.arange(17)) % 64
+
+
+class Killed(BaseException):
+    pass
+
+
+def training(folder, *, steps=60, poison=range(0), kill_at=None, spikes=None, seen=None, microbatch=8, reports=None):
+    """A run over ``batch``; the data steps in ``poison`` are noise, and the process "dies" before ``kill_at``."""
+    model = Transformer(CONFIG, 0)
+    optimizer = OptimizerConfig(lr=1e-2)
+
+    def batches(data_step, skip):
+        while True:
+            data_step = skip(data_step)
+            if seen is not None:
+                seen.append(data_step)
+            generator = torch.Generator().manual_seed(10_000 + data_step)
+            yield torch.randint(0, 64, (8, 17), generator=generator) if data_step in poison else batch(data_step)
+            data_step += 1
+
+    def before_step(step):
+        if step == kill_at:
+            raise Killed
+
+    return Training(
+        model,
+        build_optimizer(model, optimizer),
+        LoopConfig(
+            steps=steps,
+            global_batch=8,
+            sequence_length=16,
+            microbatch=microbatch,
+            checkpoint_every=10,
+            keep_checkpoints=2,
+            clean_after=6,
+            validate_every=20,
+            optimizer=optimizer,
+            schedule=ScheduleConfig(warmup_steps=5),
+            spikes=spikes or SpikeConfig(window=30, recent=8, min_history=8, skip_after=2, threshold=10),
+        ),
+        batches=batches,
+        validation=lambda: [(batch(10**6), torch.tensor([1.0] * 6 + [0.0] * 2))],
+        byte_lengths=torch.full((64,), 3),
+        run=Folder(folder),
+        report=lambda metrics, pointer: reports.append((metrics, pointer)) if reports is not None else None,
+        device=torch.device("cpu"),
+        flops_per_token=CONFIG.flops_per_token(16),
+        before_step=before_step,
+    )
+
+
+def test_a_killed_run_ends_with_the_same_losses(tmp_path):
+    whole = training(tmp_path / "whole")
+    whole.train()
+    for kill_at in (3, 27, 51):
+        folder = tmp_path / f"killed-{kill_at}"
+        with pytest.raises(Killed):
+            training(folder, kill_at=kill_at).train()
+        again = training(folder)
+        again.train()
+        assert Folder(folder).losses() == Folder(tmp_path / "whole").losses()  # bit for bit
+        for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert Folder(folder).events("resume")[0]["from_step"] == kill_at // 10 * 10
+
+
+def test_losses_equal_a_plain_loop_written_by_hand(tmp_path):
+    run = training(tmp_path / "run", steps=12, microbatch=2)
+    run.train()
+    torch.manual_seed(0)
+    model = Transformer(CONFIG, 0)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    expected = []
+    for step in range(12):
+        tokens = batch(step)
+        logits = model(tokens[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rise = (step + 1) / 5
+        fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 5) / (12 - 5)))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (rise if step < 5 else fall)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert list(Folder(tmp_path / "run").losses().values()) == pytest.approx(expected, rel=2e-5)
+
+
+def test_validation_weighs_what_counts_and_tells_bits_per_byte(tmp_path):
+    run = training(tmp_path / "run", steps=10)
+    result = run.train()
+    tokens = batch(10**6)[:6]
+    logits = run.model(tokens[:, :-1]).detach()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert result["validation_loss"] == pytest.approx(loss, rel=1e-5)
+    assert result["validation_bits_per_byte"] == pytest.approx(loss / math.log(2) / 3, rel=1e-5)
+
+
+def test_poisoned_data_is_rolled_back_and_skipped_for_good(tmp_path):
+    training(tmp_path / "plain").train()
+    seen = []
+    run = training(tmp_path / "run", poison=range(43, 47), seen=seen)
+    run.train()
+    events = Folder(tmp_path / "run")
+    (rollback,) = events.events("rollback")
+    assert rollback["checkpoint_status"] == "clean"
+    assert rollback["to_step"] == 30
+    start, end = rollback["skipped"]
+    assert start <= 43
+    assert end >= 47
+    after = seen[seen.index(30, 44) :]
+    assert not set(after) & set(range(start, end))
+    assert max(after) >= 60 + (end - start) - 1  # the run still makes all its steps, on later data
+    assert run.state.step == 60
+    plain, healed = Folder(tmp_path / "plain").losses()[60], events.losses()[60]
+    assert healed == pytest.approx(plain, rel=0.15)
+    ledger = events.read_json("ledger.json")
+    assert ledger["skips"] == [[start, end]]
+    assert ledger["rollbacks"] == 1
+
+
+def test_a_crash_right_after_a_rollback_still_skips(tmp_path):
+    class Dies(Folder):
+        def append_line(self, name, line):
+            super().append_line(name, line)
+            if '"rollback"' in line:
+                raise Killed
+
+    run = training(tmp_path / "run", poison=range(43, 47))
+    run.run = Dies(tmp_path / "run")
+    with pytest.raises(Killed):
+        run.train()
+    seen = []
+    again = training(tmp_path / "run", poison=range(43, 47), seen=seen)
+    again.train()
+    assert not set(seen) & set(range(43, 47))
+    assert Folder(tmp_path / "run").events("resume")[0]["from_step"] == 30
+    assert len(Folder(tmp_path / "run").events("rollback")) == 1
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
+    run = training(tmp_path / "run", steps=30)
+    calls = []
+
+    def plant(grad):
+        calls.append(1)
+        return torch.full_like(grad, math.nan) if len(calls) == 25 else grad
+
+    run.model.layers[0].attention.w_q.weight.register_hook(plant)
+    run.train()
+    (rollback,) = Folder(tmp_path / "run").events("rollback")
+    assert rollback["reason"] == "gradient norm is not finite"
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+def test_a_run_that_keeps_spiking_stops_with_a_diagnosis(tmp_path):
+    config = SpikeConfig(window=30, recent=8, min_history=8, skip_after=0, lead_in=0, patience=2, max_rollbacks=2)
+    with pytest.raises(TrainingStoppedError, match=r"gone back 2 times .* spikes.max_rollbacks"):
+        training(tmp_path / "run", poison=range(35, 1000), spikes=config).train()
+    (stop,) = Folder(tmp_path / "run").events("stop")
+    assert "data steps that were skipped" in stop["diagnosis"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "tear"])
+def test_a_damaged_checkpoint_is_recognized_and_the_one_before_is_used(tmp_path, damage):
+    with pytest.raises(Killed):
+        training(tmp_path / "run", kill_at=45).train()
+    folder = tmp_path / "run" / "checkpoints" / "step-00000040"
+    if damage == "tear":
+        os.unlink(folder / "checkpoint.json")
+    else:
+        (shard,) = folder.glob("*.distcp")
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(bytes(data))
+    training(tmp_path / "run").train()
+    events = Folder(tmp_path / "run")
+    assert [e["checkpoint_step"] for e in events.events("corrupt_checkpoint")] == [40]
+    assert events.events("resume")[0]["from_step"] == 30
+    whole = training(tmp_path / "whole")
+    whole.train()
+    assert events.losses() == Folder(tmp_path / "whole").losses()
+
+
+def test_checkpoints_are_reported_and_old_ones_deleted(tmp_path):
+    reports = []
+    training(tmp_path / "run", reports=reports).train()
+    assert [pointer["folder"] for _, pointer in reports] == [f"checkpoints/step-{s:08d}" for s in range(0, 61, 10)]
+    ledger = Folder(tmp_path / "run").read_json("ledger.json")["checkpoints"]
+    there = sorted(os.listdir(tmp_path / "run" / "checkpoints"))
+    assert there == [os.path.basename(e["folder"]) for e in ledger if not e["deleted"]]
+    assert len(there) == 2
+
+
+def test_skipped_ranges_merge():
+    state = TrainState()
+    for r in ([10, 12], [30, 40], [11, 20], [40, 41]):
+        state.skip(*r)
+    assert state.skips == [[10, 20], [30, 41]]
+    assert [state.next_data_step(s) for s in (9, 10, 19, 20, 30, 41)] == [9, 20, 20, 20, 41, 41]
+
+
+def test_the_ledger_calls_clean_only_what_has_stood_and_goes_back_to_that():
+    ledger = Ledger()
+    for step in (0, 10, 20, 30):
+        ledger.add(Entry(step, step, step * 128, 1.0, f"s{step}"))
+    ledger.mark_clean(25, clean_after=10)
+    assert [e.status for e in ledger.entries] == ["clean", "clean", "pending", "pending"]
+    assert next(iter(ledger.clean_before(25))).step == 10
+    assert next(iter(ledger.usable())).step == 30
+    ledger.poison_after(10)
+    assert next(iter(ledger.usable())).step == 10
+    assert Ledger.from_dict(ledger.to_dict()) == ledger
