@@ -89,15 +89,20 @@ def parse(job: str, arguments: list[str]) -> Any:
 
 
 def job_section(recipe: Any, job: str) -> Any:
-    """What a recipe says to one job: all of it, or the job's section and whatever belongs to no job."""
-    if not isinstance(recipe, dict) or not any(isinstance(recipe.get(name), dict) for name in JOBS if name in recipe):
-        return recipe
-    from dataclasses import fields
+    """What a recipe says to one job.
 
-    from jobs import settings
-
-    own = {f.name for f in fields(getattr(settings, JOBS[job][0]))}
-    if job not in recipe and own & set(recipe):  # tune's settings contain a `pretrain`, which is no section
+    A recipe whose keys are jobs, beside ``workspace``, is one for the whole flow: a job gets its own section, tune trains
+    what pretrain's section says unless its own says otherwise, and what uses a run takes the run that pretrain names.
+    Any other recipe holds the one job's settings.
+    """
+    if not isinstance(recipe, dict) or not set(recipe) & set(JOBS) or set(recipe) - set(JOBS) - {"workspace"}:
         return recipe
-    shared = {key: value for key, value in recipe.items() if key not in JOBS}
-    return {**shared, **(recipe.get(job) or {})}
+    section = dict(recipe.get(job) or {})
+    if "workspace" in recipe:
+        section.setdefault("workspace", recipe["workspace"])
+    training = recipe.get("pretrain") or {}
+    if job == "tune" and training:
+        section.setdefault("pretrain", training)
+    if job in ("evaluate", "generate", "export", "report") and "name" in training:
+        section.setdefault("name", training["name"])
+    return section
