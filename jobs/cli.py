@@ -91,8 +91,9 @@ def parse(job: str, arguments: list[str]) -> Any:
 def job_section(recipe: Any, job: str) -> Any:
     """What a recipe says to one job.
 
-    A recipe whose keys are jobs, beside ``workspace``, is one for the whole flow: a job gets its own section, tune trains
-    what pretrain's section says unless its own says otherwise, and what uses a run takes the run that pretrain names.
+    A recipe whose keys are jobs, beside ``workspace``, is one for the whole flow: a job gets its own section, tune
+    trains what pretrain's section says unless its own says otherwise, and what uses a run takes the one that pretrain
+    names.
     Any other recipe holds the one job's settings.
     """
     if not isinstance(recipe, dict) or not set(recipe) & set(JOBS) or set(recipe) - set(JOBS) - {"workspace"}:

@@ -64,7 +64,8 @@ def map_blocks(data: Dataset, function: Callable[[pa.Table], pa.Table]) -> Datas
 
 def shuffle(data: Dataset, column: str, partitions: int) -> Dataset:
     """Rows with the same value in ``column`` brought together in one of ``partitions`` blocks."""
-    return data.repartition(partitions, keys=[column])
+    # One block needs no hashing, and the shuffle's own worker processes take seconds to start.
+    return data.repartition(1) if partitions == 1 else data.repartition(partitions, keys=[column])
 
 
 def compact(data: Dataset) -> Dataset:
@@ -75,14 +76,22 @@ def compact(data: Dataset) -> Dataset:
     """
     import ray
 
-    @ray.remote(num_cpus=0)
-    def rows(table: pa.Table) -> int:
-        return table.num_rows
-
-    blocks = data.materialize().to_arrow_refs()
-    counts = ray.get([rows.remote(block) for block in blocks])
-    filled = [block for block, count in zip(blocks, counts, strict=True) if count]
+    data = data.materialize()
+    blocks = [
+        (block, metadata.num_rows)
+        for bundle in data.iter_internal_ref_bundles()
+        for block, metadata in zip(bundle.block_refs, bundle.metadata, strict=True)
+    ]
+    if all(rows for _, rows in blocks):
+        return data
+    filled = [block for block, rows in blocks if rows]
     return ray.data.from_arrow_refs(filled) if filled else ray.data.from_arrow(pa.table({}))
+
+
+def total(data: Dataset, name: str) -> int:
+    """Sum of a column of whole numbers; one number a block comes to the driver."""
+    sums = map_blocks(data, lambda table: pa.table({"sum": pa.array([column(table, name).sum()], pa.int64())}))
+    return sum(row["sum"] for row in sums.iter_rows())
 
 
 def partitions_for(data: Dataset, wanted: int | None) -> int:
@@ -155,7 +164,7 @@ def write_duplicates(labels: Dataset, parts: list[str], output: str, partitions:
         return pa.table({"written": pa.array([len(rows)], pa.int64())})
 
     named = attach(labels, "root", parts, partitions, with_id)
-    return int(attach(named, "node", parts, partitions, write).sum("written")) if named.count() else 0
+    return total(attach(named, "node", parts, partitions, write), "written") if named.count() else 0
 
 
 def read_rows(uri: str, name: str, rows: np.ndarray) -> pa.Array:

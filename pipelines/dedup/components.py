@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from pipelines.dedup import column, compact, map_blocks, partitions_for, shuffle
+from pipelines.dedup import column, compact, map_blocks, partitions_for, shuffle, total
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -39,7 +39,7 @@ def connected_components(edges: Dataset, partitions: int | None = None) -> Datas
     while stars.count():
         rounds += 1
         stars = compact(map_blocks(shuffle(map_blocks(stars, _both_ways), "u", partitions), _contract_partition))
-        unsettled = int(stars.sum("unsettled"))
+        unsettled = total(stars, "unsettled")
         log.debug("components: round %d, %d nodes not settled", rounds, unsettled)
         if partitions == 1 or unsettled == 0:
             return compact(map_blocks(stars, _owned_leaves))
