@@ -81,13 +81,15 @@ def summary(workspace: str, name: str) -> str:
     lines = ["", f"{'stage':<10}{'documents in':>14}{'MB in':>9}{'documents out':>15}{'MB out':>9}   why the rest went"]
     for stage in STAGES:
         manifest = read_manifest(storage.join(workspace, "corpus", stage))
-        gone = manifest["set_aside"].items()
-        why = [f"{reason} {counts['documents']:,}" for reason, counts in gone]
+        gone = list(manifest["set_aside"].items())
+        why = [f"{reason} {counts['documents']:,}" for reason, counts in gone[:4]]
+        others = sum(counts["documents"] for _, counts in gone[4:])
+        if others:
+            why.append(f"{len(gone) - 4} other reasons {others:,}")
         lines.append(
             f"{stage:<10}{manifest['documents_in']:>14,}{manifest['bytes_in'] / 1e6:>9.1f}"
-            f"{manifest['documents_out']:>15,}{manifest['bytes_out'] / 1e6:>9.1f}   {'; '.join(why[:4])}"
+            f"{manifest['documents_out']:>15,}{manifest['bytes_out'] / 1e6:>9.1f}   {'; '.join(why)}"
         )
-        lines += [f"{'':<60}{'; '.join(why[i : i + 4])}" for i in range(4, len(why), 4)]
     tokens = read_manifest(storage.join(workspace, "tokens/train"))
     bpe = read_manifest(storage.join(workspace, "tokenizer"))
     lines.append(

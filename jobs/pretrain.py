@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from jobs.run_folder import StoredRun, valid_steps
+from jobs.progress import Progress
+from jobs.run_folder import StoredRun
 from jobs.session import ray_session
 from jobs.settings import PretrainJob, SettingsError
-from models.training.loop import LoopConfig
+from models.config import ModelConfig
+from models.training.loop import LoopConfig, TrainingStoppedError
 from pipelines import storage
+from pipelines.batches import Batches, prefetch
+from pipelines.shards import TokenShards
 from pipelines.stage import ingot_version, require_manifest
 
 log = logging.getLogger("ingot")
@@ -25,7 +29,7 @@ log = logging.getLogger("ingot")
 # What may change between two starts of a run without changing what it computes.
 _FREE = {
     "workspace", "name", "on_change", "workers", "device", "cpus_per_worker", "microbatch", "compile",
-    "checkpoint_every", "keep_checkpoints", "validate_every", "max_failures", "faults", "spikes",
+    "checkpoint_every", "keep_checkpoints", "clean_after", "validate_every", "max_failures", "faults", "spikes",
 }  # fmt: skip
 
 
@@ -35,7 +39,10 @@ def run(settings: PretrainJob) -> dict[str, float]:
     Raises:
         SettingsError: the run of this name was started with other settings.
         FileNotFoundError: the token shards are not there.
+        TrainingStoppedError: it went back too often.
     """
+    if done := _already_done(*_open(settings)):  # refused or done: in either case Ray need not start
+        return done
     with ray_session(settings.workers):
         return pretrain(settings)
 
@@ -51,15 +58,10 @@ def pretrain(
         callbacks: further Ray Train callbacks.
         watch: tell the progress in the log.
     """
-    workspace = storage.absolute(settings.workspace)
-    manifest = require_manifest(storage.join(workspace, "tokens/train"), "tokenize")
-    require_manifest(storage.join(workspace, "tokens/validation"), "tokenize")
-    config = settings.model.config(manifest["vocab_size"], settings.length())
-    folder = StoredRun(storage.join(workspace, folder_name or f"runs/{settings.name}"))
-    _check_unchanged(folder, settings, manifest["fingerprint"])
-    if done := finished(folder, settings.steps):
-        log.info("pretrain: run %s is at step %d already, nothing to do", settings.name, settings.steps)
+    settings, folder = _open(settings, folder_name)
+    if done := _already_done(settings, folder):
         return done
+    manifest, config = check_fits(settings)
     import ray
 
     on_gpu = settings.device == "gpu" or (
@@ -73,6 +75,7 @@ def pretrain(
             "settings": asdict(settings),
             "n_params": config.n_params(),
             "tokens_manifest": manifest["fingerprint"],
+            "tokenizer": manifest["tokenizer"],
             "device": "gpu" if on_gpu else "cpu",
             "world_size": settings.workers,
             "started": time.time(),
@@ -91,7 +94,9 @@ def pretrain(
         "GPU" if on_gpu else "CPU",
         "s" if settings.workers > 1 else "",
     )
-    watcher = _Watcher(folder, settings)
+    # Ray's own account of a run cannot be read any more when a kill tears it, and the ledger says more: start without.
+    folder.delete("ray")
+    watcher = Progress(folder, settings)
     if watch:
         watcher.start()
     try:
@@ -100,7 +105,10 @@ def pretrain(
         watcher.stop()
     if result.error is not None:
         raise result.error
-    return finished(folder, settings.steps)
+    if done := finished(folder, settings.steps):
+        return done
+    stops = [event["diagnosis"] for event in _since_start(folder, attempt) if event["event"] == "stop"]
+    raise TrainingStoppedError(stops[-1] if stops else f"{folder.folder}: interrupted before step {settings.steps}")
 
 
 def finished(folder: StoredRun, steps: int) -> dict[str, float] | None:
@@ -109,16 +117,57 @@ def finished(folder: StoredRun, steps: int) -> dict[str, float] | None:
     return {k: v for k, v in ends[-1].items() if k not in ("event", "time")} if ends else None
 
 
+def _open(settings: PretrainJob, folder_name: str | None = None) -> tuple[PretrainJob, StoredRun]:
+    """The settings with their workspace for every process, and the run's folder, once both fit what is there.
+
+    Raises:
+        SettingsError: they do not.
+        FileNotFoundError: the token shards are not there.
+    """
+    # Ray Train's workers have working directories of their own, so a relative path must not reach them.
+    settings = dataclasses.replace(settings, workspace=storage.absolute(settings.workspace))
+    manifest, _ = check_fits(settings)
+    folder = StoredRun(storage.join(settings.workspace, folder_name or f"runs/{settings.name}"))
+    _check_unchanged(folder, settings, manifest["fingerprint"])
+    return settings, folder
+
+
+def _already_done(settings: PretrainJob, folder: StoredRun) -> dict[str, float] | None:
+    done = finished(folder, settings.steps)
+    if done:
+        log.info("pretrain: run %s is at step %d already, nothing to do", settings.name, settings.steps)
+    return done
+
+
+def check_fits(settings: PretrainJob) -> tuple[dict[str, Any], ModelConfig]:
+    """Manifest of the workspace's training tokens, and the model's shape for them.
+
+    Raises:
+        SettingsError: the vocabulary is too small, or a sequence longer than a split.
+        FileNotFoundError: the token shards are not there.
+    """
+    manifests = {}
+    for split in ("train", "validation"):
+        tokens = storage.join(settings.workspace, "tokens", split)
+        manifests[split] = require_manifest(tokens, "tokenize")
+        try:
+            Batches(TokenShards(tokens), settings.length(), settings.global_batch, settings.seed)
+        except ValueError as error:
+            raise SettingsError(f"sequence_length is {settings.length()}; {error}") from None
+    train = manifests["train"]
+    return train, settings.model.config(train["vocab_size"], settings.length())
+
+
 def _check_unchanged(folder: StoredRun, settings: PretrainJob, tokens: str) -> None:
     """Refuse to go on with a run that was started with other settings, or delete it when that is asked for."""
     before = folder.read_json("run.json")
     if before is None:
         return
-    now = json.loads(json.dumps(asdict(settings)))
+    was, now = _dotted(before["settings"]), _dotted(json.loads(json.dumps(asdict(settings))))
     changed = [
-        f"{key} was {before['settings'].get(key)!r} and is {value!r}"
-        for key, value in now.items()
-        if key not in _FREE and before["settings"].get(key) != value
+        f"{name} was {was.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(was.keys() | now.keys())
+        if name.split(".")[0] not in _FREE and was.get(name) != now.get(name)
     ]
     if before["tokens_manifest"] != tokens:
         changed.append("the token shards were made anew")
@@ -132,6 +181,14 @@ def _check_unchanged(folder: StoredRun, settings: PretrainJob, tokens: str) -> N
         f"the run {settings.name} in {folder.folder} was started with other settings: {'; '.join(changed)}. "
         "Choose another --name, or --on_change restart to delete it"
     )
+
+
+def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, as the command line has them."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _trainer(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: bool, callbacks: list[Any]) -> Any:
@@ -188,27 +245,27 @@ def _worker(given: dict[str, Any]) -> None:
     from models.parallel import compile_model, parallelize
     from models.training.loop import Training
     from models.transformer import Transformer
-    from pipelines.batches import Batches, prefetch
-    from pipelines.shards import TokenShards
     from pipelines.tokenizer import Tokenizer
 
     settings: PretrainJob = given["settings"]
     folder = StoredRun(given["folder"])
-    workspace = storage.absolute(settings.workspace)
+    workspace = settings.workspace
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    train = TokenShards(storage.join(workspace, "tokens/train"))
-    held_out = TokenShards(storage.join(workspace, "tokens/validation"))
-    length = settings.length()
-    batches = Batches(train, length, settings.global_batch, settings.seed)
-    validation = Batches(held_out, length, settings.global_batch, settings.seed)
+    manifest, config = check_fits(settings)
+    length, vocab_size = settings.length(), manifest["vocab_size"]
+
+    def reader(split: str) -> Batches:
+        shards = TokenShards(storage.join(workspace, "tokens", split))
+        return Batches(shards, length, settings.global_batch, settings.seed)
+
+    validation = reader("validation")
     share = settings.global_batch // world
     microbatch = min(settings.microbatch or share, share)
-    config = settings.model.config(train.manifest["vocab_size"], length)
 
     model = parallelize(Transformer(config, settings.seed), world, device)
     if settings.compile:
@@ -218,12 +275,14 @@ def _worker(given: dict[str, Any]) -> None:
     byte_lengths[: len(lengths)] = torch.from_numpy(lengths)
 
     def rank_batches(data_step: int, skip: Callable[[int], int]) -> Iterator[torch.Tensor]:
+        batches = reader("train")  # its own: the thread of a stream that was just closed may still be reading
+
         def ahead() -> Iterator[torch.Tensor]:
             at = data_step
             while True:
                 at = skip(at)
                 tokens = torch.from_numpy(batches.rank(at, rank, world))
-                tokens = _poisoned(tokens, at, rank, settings.faults.poison_data_steps, train.manifest["vocab_size"])
+                tokens = _poisoned(tokens, at, rank, settings.faults.poison_data_steps, vocab_size)
                 yield tokens.pin_memory() if device.type == "cuda" else tokens
                 at += 1
 
@@ -260,7 +319,11 @@ def _worker(given: dict[str, Any]) -> None:
         before_step=lambda step: _kill_once(folder, settings.faults.kill_worker_at_step, step, rank, world),
         resume_cause=_resume_cause(folder, given["attempt"]),
     )
-    training.train()
+    try:
+        training.train()
+    except TrainingStoppedError as error:
+        # The driver finds the diagnosis in the events. An error here would only make Ray start the workers again.
+        log.warning("pretrain: %s", error)
 
 
 def _report(metrics: dict[str, Any], pointer: dict[str, Any] | None) -> None:
@@ -278,10 +341,15 @@ def _report(metrics: dict[str, Any], pointer: dict[str, Any] | None) -> None:
 
 def _resume_cause(folder: StoredRun, attempt: int) -> str:
     """Whether workers that start find a run that another command left, or one whose group of workers was lost."""
+    restarted = any(event["event"] in ("resume", "checkpoint") for event in _since_start(folder, attempt))
+    return "worker_restart" if restarted else "driver_restart"
+
+
+def _since_start(folder: StoredRun, attempt: int) -> list[dict[str, Any]]:
+    """The run's events from the start of this attempt on."""
     events = folder.events()
     starts = [i for i, event in enumerate(events) if event["event"] == "start" and event["attempt"] == attempt]
-    restarted = any(event["event"] in ("resume", "checkpoint") for event in events[starts[-1] :]) if starts else False
-    return "worker_restart" if restarted else "driver_restart"
+    return events[starts[-1] :] if starts else []
 
 
 def _poisoned(tokens: Any, data_step: int, rank: int, poison: tuple[int, int] | None, vocab_size: int) -> Any:
@@ -299,59 +367,3 @@ def _kill_once(folder: StoredRun, at: int | None, step: int, rank: int, world: i
         return
     folder.write_json("killed.json", {"step": step, "time": time.time()})
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-class _Watcher(threading.Thread):
-    """Tells the run's progress in the driver, from the files the workers write: a line every few seconds."""
-
-    def __init__(self, folder: StoredRun, settings: PretrainJob, every: float = 5.0) -> None:
-        super().__init__(daemon=True, name="progress")
-        self.folder, self.settings, self.every = folder, settings, every
-        self.stopped = threading.Event()
-        self.events_seen = len(folder.events())
-        self.last_step = -1
-
-    def stop(self) -> None:
-        """Tell what is left to tell and end."""
-        self.stopped.set()
-        if self.is_alive():
-            self.join(timeout=30)
-
-    def run(self) -> None:
-        while not self.stopped.wait(self.every):
-            self._tell()
-        self._tell()
-
-    def _tell(self) -> None:
-        try:
-            events = self.folder.events()
-            rows = self.folder.metrics()
-        except (OSError, ValueError):  # storage is slow or away: the next turn tells it
-            return
-        for event in events[self.events_seen :]:
-            if event["event"] not in ("start", "checkpoint"):
-                facts = {k: v for k, v in event.items() if k not in ("time", "event")}
-                log.info("pretrain: %s %s", event["event"], json.dumps(facts))
-        self.events_seen = len(events)
-        steps = valid_steps(rows)
-        if not steps or rows[-1]["step"] == self.last_step:
-            return
-        row = steps[max(steps)] if rows[-1].get("loss") is None else rows[-1]
-        self.last_step = rows[-1]["step"]
-        speed = row["tokens_per_second"]
-        left = (self.settings.steps - row["step"]) * self.settings.global_batch * self.settings.length() / speed
-        mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
-        losses = valid_steps(rows, "validation_loss")
-        held_out = f", validation {losses[max(losses)]['validation_loss']:.3f}" if losses else ""
-        log.info(
-            "pretrain: step %d/%d, loss %.3f%s, lr %.2e, gradient norm %.2f, %s tokens/s%s, %s left",
-            row["step"],
-            self.settings.steps,
-            row["loss"] if row["loss"] is not None else float("nan"),
-            held_out,
-            row["lr"],
-            row["grad_norm"] if row["grad_norm"] is not None else float("nan"),
-            f"{speed:,.0f}",
-            mfu,
-            time.strftime("%H:%M:%S", time.gmtime(left)),
-        )

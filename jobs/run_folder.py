@@ -43,7 +43,7 @@ class StoredRun:
     def checksums(self, folder: str, part: int, of: int) -> dict[str, list]:
         """Size and xxh3-64 of every ``of``-th file below ``folder`` from the ``part``-th on, by name."""
         sums = {}
-        for file in storage.list_files(self.uri(folder))[part::of]:
+        for file in storage.list_files(self.uri(folder), hidden=True)[part::of]:
             digest = xxhash.xxh3_64()
             with storage.open_input(file.uri) as data:
                 while chunk := data.read(1 << 24):
@@ -57,10 +57,18 @@ class StoredRun:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of all metrics files in the order of their time, undone steps included."""
-        if not storage.exists(self.uri("metrics")):
-            return []
-        rows = [row for file in storage.list_files(self.uri("metrics")) for row in _lines(file.uri)]
+        rows = [row for uri in self._metrics_files() for row in _lines(uri)]
         return sorted(rows, key=lambda row: row["time"])
+
+    def newest_metrics(self) -> list[dict[str, Any]]:
+        """The rows of the metrics file that was begun last, in the order of their time."""
+        return [row for uri in self._metrics_files()[-1:] for row in _lines(uri)]
+
+    def _metrics_files(self) -> list[str]:
+        try:
+            return [file.uri for file in storage.list_files(self.uri("metrics"))]
+        except FileNotFoundError:  # nothing was written yet
+            return []
 
 
 def valid_steps(rows: list[dict[str, Any]], key: str = "loss") -> dict[int, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jobs.run_folder import StoredRun
 from jobs.settings import OfRun, SettingsError
 from pipelines import storage
+from pipelines.stage import read_manifest
 from pipelines.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -59,14 +60,12 @@ def load(settings: OfRun, device: str | None = None) -> Trained:
     entry = _checkpoint(folder, settings)
     tokenizer = Tokenizer.load(storage.join(workspace, "tokenizer"))
     config = ModelConfig(**facts["model"])
-    if tokenizer.vocab_size > config.vocab_size:
+    made = read_manifest(storage.join(workspace, "tokenizer"))
+    if made is None or made["fingerprint"] != facts["tokenizer"]:
         raise SettingsError(
-            f"tokenizer: has {tokenizer.vocab_size} tokens, but run {settings.name} was trained with at most "
-            f"{config.vocab_size}; it was trained anew since"
+            f"tokenizer: the one in {workspace}/tokenizer is not the one that run {settings.name} was trained with; "
+            "it was trained anew since"
         )
-    tokens = storage.join(workspace, "tokens/train/manifest.json")
-    if storage.exists(tokens) and storage.read_json(tokens)["fingerprint"] != facts["tokens_manifest"]:
-        log.warning("run %s was trained on other token shards than those in %s now", settings.name, workspace)
     model = Transformer(config, seed=None)
     load_weights(folder, entry.folder, model)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

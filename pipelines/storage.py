@@ -70,11 +70,11 @@ def exists(uri: str) -> bool:
     return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
-def list_files(uri: str) -> list[FileInfo]:
+def list_files(uri: str, *, hidden: bool = False) -> list[FileInfo]:
     """The files that ``uri`` names, sorted by URI: one file, all below a folder, or all that a glob matches.
 
     ``*`` and ``?`` match within a folder's name, ``**`` across folders. Names that start with a dot or an underscore
-    below the given folder are left out: they are unfinished or private.
+    below the given folder are left out, as unfinished or private, unless ``hidden`` is set.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -99,7 +99,8 @@ def list_files(uri: str) -> list[FileInfo]:
         if item.type != fs.FileType.File:
             continue
         below = item.path[len(path) :].strip("/").split("/")
-        if any(part.startswith((".", "_")) for part in below[:-1]) or below[-1].startswith("."):
+        private = any(part.startswith((".", "_")) for part in below[:-1]) or below[-1].startswith(".")
+        if private and not hidden:
             continue
         if match is not None and not _glob(item.path, match):
             continue

@@ -34,6 +34,7 @@ def make_workspace(folder, *, letters_are_tokens):
     texts = [TEXT * 20] if letters_are_tokens else ["the house is old and the river is wide " * 20]
     tokenizer = train_on_texts(iter(texts), TokenizerSettings(vocab_size=400, reserved_tokens=2))
     storage.write_bytes(f"{workspace}/tokenizer/tokenizer.json", tokenizer.backend.to_str().encode())
+    storage.write_json(f"{workspace}/tokenizer/manifest.json", {"fingerprint": "t"})
     tokens = np.array(([*tokenizer.encode(TEXT * 30), tokenizer.eot_id]) * 2, np.uint16)
     write_shard(f"{workspace}/tokens/validation/shard-00000.parquet", tokens, BLOCK, tokenizer.pad_id)
     shape = {"tokens": len(tokens), "block": BLOCK, "shard_tokens": 32 * BLOCK * 1000, "dtype": "uint16"}
@@ -45,7 +46,7 @@ def make_workspace(folder, *, letters_are_tokens):
         tied_embeddings=True,
     )  # fmt: skip
     run = StoredRun(f"{workspace}/runs/base")
-    run.write_json("run.json", {"model": asdict(config), "tokens_manifest": "of the tokens"})
+    run.write_json("run.json", {"model": asdict(config), "tokens_manifest": "of the tokens", "tokenizer": "t"})
     ledger = Ledger()
     for step, status in ((10, "clean"), (20, "pending"), (30, "poisoned")):
         model = Transformer(config, seed=step)

@@ -1,5 +1,6 @@
 import os
 
+import pyarrow as pa
 import pytest
 
 from pipelines import storage
@@ -55,3 +56,47 @@ def test_lines_are_added_and_folders_deleted(tmp_path):
     storage.delete(str(tmp_path / "run"))
     storage.delete(str(tmp_path / "run"))
     assert not storage.exists(uri)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A real S3 endpoint on the loopback."""
+    server_module = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+def test_an_object_store_behaves_like_a_folder(bucket):
+    root = f"{bucket}/project"
+    storage.write_bytes(f"{root}/a.txt", b"hello")
+    storage.append_line(f"{root}/deep/events.jsonl", "one")
+    storage.append_line(f"{root}/deep/events.jsonl", "two")
+    assert [f.uri for f in storage.list_files(root)] == [f"{root}/a.txt", f"{root}/deep/events.jsonl"]
+    assert [(f.uri, f.size) for f in storage.list_files(f"{root}/**/*.jsonl")] == [(f"{root}/deep/events.jsonl", 8)]
+    assert storage.read_bytes(f"{root}/deep/events.jsonl") == b"one\ntwo\n"
+
+    def killed_in_between():
+        with storage.open_output(f"{root}/half") as out:
+            out.write(b"half of")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        killed_in_between()
+    assert not storage.exists(f"{root}/half")
+    with storage.parquet_writer(f"{root}/part.parquet", pa.schema([("n", pa.int64())])) as writer:
+        writer.write_table(pa.table({"n": [1, 2, 3]}))
+    assert storage.open_parquet(f"{root}/part.parquet").read()["n"].to_pylist() == [1, 2, 3]
+    storage.delete(root)
+    assert not storage.exists(root)
