@@ -229,6 +229,7 @@ class Training:
             entry.status = "corrupt"
             self._event("corrupt_checkpoint", checkpoint_step=entry.step, folder=entry.folder)
             self._write_ledger()
+        self.state.skips = [list(r) for r in self.ledger.skips]  # bad data stays bad when every checkpoint is lost
         self._validate()
         self._save(status="clean")  # nothing that could be wrong has happened to these weights
         return self.state
@@ -325,10 +326,12 @@ class Training:
         raise TrainingStoppedError(diagnosis)
 
     def _finish(self) -> dict[str, float]:
-        done = any(entry.step == self.state.step for entry in self.ledger.usable())
+        saved = next((entry for entry in self.ledger.usable() if entry.step == self.state.step), None)
         self._validate()
-        if not done:
+        if saved is None:
             self._save()
+        else:  # an attempt that was killed at the very end may not have come to that
+            self._report(saved.folder)
         for entry in self.ledger.usable():
             entry.status = "clean"  # no step follows that could show otherwise
         self._write_ledger()
