@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from models.config import PRESETS, ModelConfig, OptimizerConfig, ScheduleConfig
 from models.training.spikes import SpikeConfig
@@ -142,7 +144,7 @@ class PretrainJob(InWorkspace):
     """Ray Train workers; above 1 the model is sharded with FSDP2."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs when the cluster has one for each worker at the start. Say gpu when nodes scale up from zero."""
-    cpus_per_worker: float = 1
+    cpus_per_worker: float = 1.0
     """CPU cores reserved for each worker."""
     compile: bool = False
     """Compile the model with torch.compile."""
@@ -222,20 +224,19 @@ class SearchDimension:
     scale: Literal["linear", "log"] = "log"
     """How values between low and high are spread."""
 
-    def validate(self) -> None:
-        """Raise SettingsError unless there is either a list or a range to draw from."""
+    def check(self, name: str) -> None:
+        """Raise SettingsError unless there is either a list or a range for the setting ``name`` to draw from."""
+        setting, range_given = f"space of {name}", self.low is not None or self.high is not None
         if self.values is not None:
-            require(
-                bool(self.values) and self.low is None and self.high is None, "space", self, "values, or low and high"
-            )
+            require(bool(self.values) and not range_given, setting, self, "either values, or low and high")
             return
         in_order = self.low is not None and self.high is not None and self.low < self.high
-        require(in_order, "space", self, "values, or low below high")
-        require(self.scale == "linear" or self.low > 0, "space low", self.low, "above 0 on a log scale")
+        require(in_order, setting, self, "values, or low below high")
+        require(self.scale == "linear" or self.low > 0, f"low in the {setting}", self.low, "above 0 on a log scale")
 
 
-def _default_space() -> dict[str, SearchDimension]:
-    return {"optimizer.lr": SearchDimension(low=1e-4, high=1e-2)}
+# What the sweep decides for every trial.
+_SWEEPS_OWN = ("workspace", "name", "on_change", "steps", "validate_every", "checkpoint_every", "keep_checkpoints")
 
 
 @dataclass
@@ -246,8 +247,9 @@ class TuneJob(InWorkspace):
     """Name of the sweep; the same name goes on where the sweep was."""
     pretrain: PretrainJob = field(default_factory=PretrainJob)
     """What every trial trains; its workspace and name are set by the sweep."""
-    space: dict[str, SearchDimension] = field(default_factory=_default_space)
-    """Settings of `pretrain` by their dotted name, and what to try for each."""
+    space: dict[str, SearchDimension] | None = None
+    """Settings of `pretrain` by their dotted name, and what to try for each, such as
+    `{optimizer.lr: {low: 1e-4, high: 1e-2}, seed: {values: [0, 1]}}`; null tries that range of learning rates."""
     trials: int = 8
     """Settings that are tried."""
     concurrent_trials: int | None = None
@@ -261,7 +263,7 @@ class TuneJob(InWorkspace):
 
     def validate(self) -> None:
         """Raise SettingsError for what cannot work, before anything is started."""
-        require(bool(self.space), "space", self.space, "at least one setting of pretrain, such as optimizer.lr")
+        require(self.space != {}, "space", self.space, "at least one setting of pretrain, or null")
         require(self.trials >= 1, "trials", self.trials, "at least 1")
         require(
             self.concurrent_trials is None or self.concurrent_trials >= 1,
@@ -271,9 +273,15 @@ class TuneJob(InWorkspace):
         )
         require(self.comparisons >= 1, "comparisons", self.comparisons, "at least 1")
         require(self.reduction_factor >= 2, "reduction_factor", self.reduction_factor, "at least 2")
-        for name, dimension in self.space.items():
+        for name, dimension in self.dimensions().items():
+            require(name not in _SWEEPS_OWN, "space", name, f"none of {', '.join(_SWEEPS_OWN)}, which are the sweep's")
+            dimension.check(name)
             for value in dimension.values or [dimension.low, dimension.high]:
                 checked(with_setting(self.pretrain, name, value))
+
+    def dimensions(self) -> dict[str, SearchDimension]:
+        """The search space, settings by their dotted name."""
+        return self.space or {"optimizer.lr": SearchDimension(low=1e-4, high=1e-2)}
 
 
 @dataclass
@@ -343,18 +351,41 @@ def with_setting(settings: Any, name: str, value: Any) -> Any:
     """A copy of settings with one of them, by its dotted name, set to ``value``; whole numbers stay whole.
 
     Raises:
-        SettingsError: there is no setting of that name, or it is a group of settings.
+        SettingsError: there is no setting of that name, it is a group of settings, or the value is of another kind.
     """
-    head, _, rest = name.partition(".")
+    return _with_setting(settings, name.split("."), name, value)
+
+
+def _with_setting(settings: Any, path: list[str], name: str, value: Any) -> Any:
+    head, *rest = path
     known = [f.name for f in dataclasses.fields(settings)]
     require(head in known, "space", name, f"a setting of pretrain; at {head!r} it could go on with {', '.join(known)}")
     old = getattr(settings, head)
     if rest:
         require(dataclasses.is_dataclass(old), "space", name, f"a setting of pretrain; {head} has no parts")
-        return dataclasses.replace(settings, **{head: with_setting(old, rest, value)})
+        return dataclasses.replace(settings, **{head: _with_setting(old, rest, name, value)})
     require(not dataclasses.is_dataclass(old), "space", name, "a single setting, not a group of them")
-    whole = isinstance(old, int) and not isinstance(old, bool) and isinstance(value, float)
-    return dataclasses.replace(settings, **{head: round(value) if whole else value})
+    return dataclasses.replace(settings, **{head: _of_type(get_type_hints(type(settings))[head], name, value)})
+
+
+def _of_type(hint: Any, name: str, value: Any) -> Any:
+    """``value`` as a setting of that type holds it: a number rounded for whole ones, a list as a tuple."""
+    if get_origin(hint) is Literal:
+        require(value in get_args(hint), name, value, f"one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    kinds = [get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) is UnionType else [hint])]
+    if float in kinds and str not in kinds and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML 1.1 takes 1e-3 for a text
+    if int in kinds and isinstance(value, float):
+        return round(value)
+    if tuple in kinds and isinstance(value, list):
+        return tuple(value)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    exact = any(type(value) is kind for kind in kinds)  # a truth value is no number, though Python's is
+    require(exact, name, value, f"of type {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
 
 
 def checked(settings: Any) -> None:

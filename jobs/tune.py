@@ -14,12 +14,11 @@ from typing import Any
 
 import yaml
 
-from jobs.pretrain import pretrain
+from jobs.pretrain import check_fits, pretrain
 from jobs.run_folder import StoredRun, valid_steps
 from jobs.session import ray_session
 from jobs.settings import PretrainJob, SearchDimension, TuneJob, with_setting
 from pipelines import storage
-from pipelines.stage import require_manifest
 
 log = logging.getLogger("ingot")
 
@@ -32,33 +31,33 @@ def run(settings: TuneJob) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: no trial got as far as a validation.
     """
-    workspace = storage.absolute(settings.workspace)
-    require_manifest(storage.join(workspace, "tokens/train"), "tokenize")
+    workspace, space = storage.absolute(settings.workspace), list(settings.dimensions())
     folder = storage.join(workspace, "sweeps", settings.name)
     base = dataclasses.replace(settings.pretrain, workspace=workspace)
+    manifest, _ = check_fits(base)
     every = max(base.steps // settings.comparisons, 1)
     base = dataclasses.replace(base, validate_every=every, checkpoint_every=every, keep_checkpoints=1)
-    _remember(folder, settings)
+    _remember(folder, settings, manifest["fingerprint"])
     # Ray Train frees the cores of a trial that ASHA stopped by asking the dashboard whether its controller is gone.
     with ray_session(base.workers, dashboard=True):
         tuner = _tuner(settings, base, folder, every)
         log.info("tune: sweep %s, %d trials of %d steps", settings.name, settings.trials, base.steps)
         errors = [str(result.error) for result in tuner.fit() if result.error is not None]
-    table = _table(folder, list(settings.space))
+    table = _table(folder, space)
     if not table:
         raise RuntimeError(f"{folder}: no trial got as far as a validation; the first error: {errors[:1]}")
-    storage.write_json(storage.join(folder, "results.json"), {"space": list(settings.space), "trials": table})
+    storage.write_json(storage.join(folder, "results.json"), {"space": space, "trials": table})
     storage.write_bytes(storage.join(folder, "best.yaml"), best_recipe(base, table[0]).encode())
-    storage.write_bytes(storage.join(folder, "sweep.svg"), picture(folder, table, list(settings.space)))
-    _tell(table, list(settings.space), len(errors))
+    storage.write_bytes(storage.join(folder, "sweep.svg"), picture(folder, table, space))
+    _tell(table, space, len(errors))
     log.info("tune: best settings in %s", storage.join(folder, "best.yaml"))
     return table
 
 
-def _remember(folder: str, settings: TuneJob) -> None:
-    """Start the sweep anew when what it searches has changed; else go on."""
+def _remember(folder: str, settings: TuneJob, tokens: str) -> None:
+    """Start the sweep anew when what it searches has changed, or the tokens it trains on; else go on."""
     uri = storage.join(folder, "sweep.json")
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))
+    now = {**json.loads(json.dumps(dataclasses.asdict(settings))), "tokens": tokens}
     for free in ("workspace", "concurrent_trials"):
         now.pop(free)
     if storage.exists(uri) and storage.read_json(uri) != now:
@@ -83,7 +82,7 @@ def _tuner(settings: TuneJob, base: PretrainJob, folder: str, every: int) -> Any
         return tune.Tuner.restore(storage.join(folder, "tune"), trainable, resume_unfinished=True, restart_errored=True)
     return tune.Tuner(
         trainable,
-        param_space={name: _domain(dimension) for name, dimension in settings.space.items()},
+        param_space={name: _domain(dimension) for name, dimension in settings.dimensions().items()},
         tune_config=tune.TuneConfig(
             metric=METRIC,
             mode="min",
