@@ -1,0 +1,276 @@
+"""Pretraining on Ray Train: what is killed goes on as if nothing had been; what is poisoned is left out."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+
+from jobs import pretrain as job
+from jobs.cli import main
+from jobs.run_folder import StoredRun, valid_steps
+from jobs.settings import Faults, ModelSettings, PretrainJob, SettingsError
+from models.config import OptimizerConfig, ScheduleConfig
+from models.training.loop import TrainingStoppedError
+from models.training.spikes import SpikeConfig
+from pipelines import storage
+from pipelines.documents import document_id, to_table
+from pipelines.stage import Output, Stage, Unit, run_stage
+from pipelines.tokenize import TokenizeSettings, tokenize
+from pipelines.tokenizer import TokenizerSettings, train
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+
+WORDS = ("ore", "slag", "ingot", "furnace", "cast", "mould", "alloy", "ladle", "hearth", "flux")
+STEPS = 60
+
+
+def documents(part: int):
+    """Texts that a small model learns in a few steps: the words in a circle, now and then leaving one out."""
+    rng = np.random.default_rng(part)
+    rows = []
+    for i in range(40):
+        places = np.cumsum(rng.choice([1, 2], 80, p=[0.9, 0.1])) + rng.integers(len(WORDS))
+        text = " ".join(WORDS[place % len(WORDS)] for place in places)
+        rows.append({"id": document_id("books", str(part), i), "text": text, "source": "books"})
+    yield Output(to_table(rows), None, len(rows), 0)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, ray_session):
+    root = str(tmp_path_factory.mktemp("pretraining") / "project")
+    corpus = f"{root}/corpus/near"
+    units = [Unit(f"part-{i:05d}", {"part": i}) for i in range(4)]
+    manifest = run_stage(Stage("near", corpus, {}, {}), units, documents)
+    train(f"{root}/tokenizer", corpus, manifest, TokenizerSettings(vocab_size=320, reserved_tokens=0))
+    cut = TokenizeSettings(validation_share=0.1, block=64, shard_tokens=64 * 32)
+    tokenize(f"{root}/tokens", corpus, manifest, f"{root}/tokenizer", cut)
+    return root
+
+
+def settings(workspace, name, **changes):
+    small = PretrainJob(
+        workspace=workspace,
+        name=name,
+        model=ModelSettings(d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=64),
+        steps=STEPS,
+        global_batch=8,
+        sequence_length=32,
+        workers=2,
+        device="cpu",
+        optimizer=OptimizerConfig(lr=2e-2),
+        schedule=ScheduleConfig(warmup_steps=5),
+        spikes=SpikeConfig(window=30, recent=6, min_history=8, patience=2, lead_in=1, skip_after=2, max_rollbacks=1),
+        checkpoint_every=10,
+        clean_after=5,
+        validate_every=30,
+        validation_samples=20,
+    )
+    return dataclasses.replace(small, **changes)
+
+
+def run_of(workspace, name):
+    """What a run left behind: its valid losses and data steps by step, events by kind, and its folder."""
+    folder = StoredRun(f"{workspace}/runs/{name}")
+    rows = valid_steps(folder.metrics())
+    events = folder.events()
+    return SimpleNamespace(
+        folder=folder,
+        losses={step: row["loss"] for step, row in rows.items()},
+        data_steps={step: row["data_step"] for step, row in rows.items()},
+        events=lambda kind: [event for event in events if event["event"] == kind],
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workspace):
+    final = job.pretrain(settings(workspace, "undisturbed"))
+    return SimpleNamespace(final=final, **vars(run_of(workspace, "undisturbed")))
+
+
+def test_the_model_learns_and_every_step_is_told_once(undisturbed):
+    assert list(undisturbed.losses) == list(range(1, STEPS + 1))
+    assert undisturbed.data_steps == {step: step - 1 for step in range(1, STEPS + 1)}
+    assert undisturbed.losses[STEPS] < 0.5 * undisturbed.losses[1]
+    held_out = valid_steps(undisturbed.folder.metrics(), "validation_loss")
+    assert list(held_out) == [0, 30, STEPS]
+    (end,) = undisturbed.events("end")
+    assert end["validation_loss"] == undisturbed.final["validation_loss"] == held_out[STEPS]["validation_loss"]
+    assert end["loss"] == undisturbed.losses[STEPS]
+    assert [event["step"] for event in undisturbed.events("checkpoint")] == list(range(0, STEPS + 1, 10))
+
+
+def test_ray_trains_result_points_to_the_newest_checkpoint(undisturbed):
+    from ray.train import Result
+
+    result = Result.from_path(undisturbed.folder.uri("ray"))
+    with result.checkpoint.as_directory() as folder, open(f"{folder}/pointer.json") as file:
+        pointer = json.load(file)
+    newest = undisturbed.folder.read_json("ledger.json")["checkpoints"][-1]
+    assert pointer["folder"] == newest["folder"] == f"checkpoints/step-{STEPS:08d}"
+    assert newest["status"] == "clean"
+    assert undisturbed.folder.read_json(f"{newest['folder']}/checkpoint.json")["files"]
+
+
+def test_a_finished_run_does_nothing_when_started_again(workspace, undisturbed, monkeypatch):
+    before = storage.list_files(undisturbed.folder.folder)
+    monkeypatch.setattr(job, "ray_session", None)  # not even Ray is started
+    assert job.run(settings(workspace, "undisturbed")) == undisturbed.final
+    assert storage.list_files(undisturbed.folder.folder) == before
+
+
+def test_a_driver_killed_at_any_step_goes_on_bit_for_bit(workspace, undisturbed, tmp_path):
+    """From a working directory, with a relative workspace, as on a command line."""
+    folder = StoredRun(f"{workspace}/runs/killed")
+    given = settings(os.path.basename(workspace), "killed", checkpoint_every=5)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(given)))))
+    kill_after = random.Random(1).randrange(5, 50)
+    with open(tmp_path / "log", "w+") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "jobs", "pretrain", "--config", str(tmp_path / "recipe.yaml")],
+            cwd=os.path.dirname(workspace),
+            env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        family = []
+        try:
+            wait_until(lambda: checkpoints_of(folder, kill_after) or driver.poll() is not None, 90)
+            assert driver.poll() is None, (tmp_path / "log").read_text()
+            family = descendants(driver.pid)
+        finally:
+            driver.kill()
+            driver.wait()
+            end_all(family)
+    assert not any(event["event"] == "end" for event in folder.events())
+    # Ray writes its own account of the run in place: the kill may have come while it did.
+    storage.write_bytes(folder.uri("ray/checkpoint_manager_snapshot.json"), b"")
+
+    job.pretrain(settings(workspace, "killed", checkpoint_every=5))
+
+    run = run_of(workspace, "killed")
+    assert run.losses == undisturbed.losses, f"killed after the checkpoint at or behind step {kill_after}"
+    assert run.data_steps == undisturbed.data_steps
+    (resume,) = run.events("resume")
+    assert resume["cause"] == "driver_restart"
+    assert resume["from_step"] >= kill_after
+    assert [event["attempt"] for event in run.events("start")] == [1, 2]
+
+
+def test_a_killed_worker_and_poisoned_data_are_recovered_from(workspace, undisturbed):
+    kill_at = random.Random(2).randrange(11, 35)
+    faults = Faults(kill_worker_at_step=kill_at, poison_data_steps=(42, 47))
+    final = job.pretrain(settings(workspace, "chaos", faults=faults))
+    run = run_of(workspace, "chaos")
+
+    (failure,) = run.events("worker_failure")
+    assert 1 in failure["ranks"]
+    (resume,) = run.events("resume")
+    assert resume["cause"] == "worker_restart"
+    assert resume["from_step"] == kill_at // 10 * 10
+    (rollback,) = run.events("rollback")
+    assert rollback["checkpoint_status"] == "clean"
+    assert rollback["to_step"] == 30
+    start, end = rollback["skipped"]
+    assert start <= 42
+    assert end >= 44
+    ledger = run.folder.read_json("ledger.json")
+    assert ledger["skips"] == [[start, end]] or end < 47
+    assert len(run.events("start")) == len(run.events("end")) == 1
+
+    assert list(run.losses) == list(range(1, STEPS + 1))
+    assert not set(run.data_steps.values()) & set(range(start, end))
+    assert {step: run.losses[step] for step in range(1, start + 1)} == {
+        step: undisturbed.losses[step] for step in range(1, start + 1)
+    }
+    assert final["validation_loss"] == pytest.approx(undisturbed.final["validation_loss"], rel=0.1)
+
+
+def test_one_worker_sees_the_same_batches_and_comes_to_the_same_losses(workspace, undisturbed, capsys):
+    given = settings(workspace, "alone", workers=1)
+    job.pretrain(given)
+    run = run_of(workspace, "alone")
+    assert run.data_steps == undisturbed.data_steps
+    assert list(run.losses.values()) == pytest.approx(list(undisturbed.losses.values()), rel=1e-5)
+
+    before = storage.list_files(run.folder.folder)
+    changed = dataclasses.replace(given, optimizer=OptimizerConfig(lr=1e-3))
+    with pytest.raises(SettingsError, match=r"optimizer.lr was 0.02 and is 0.001\. Choose another --name"):
+        job.pretrain(changed)
+    assert storage.list_files(run.folder.folder) == before
+
+    # Started anew, and with data that never gets better: it stops by itself, once, and says why.
+    hopeless = dataclasses.replace(changed, on_change="restart", faults=Faults(poison_data_steps=(30, 10_000)))
+    with pytest.raises(TrainingStoppedError, match="gone back 1 times .* spikes.max_rollbacks"):
+        job.pretrain(dataclasses.replace(hopeless, optimizer=OptimizerConfig(lr=1e-2)))
+    anew = run_of(workspace, "alone")
+    assert [event["attempt"] for event in anew.events("start")] == [1]
+    assert len(anew.events("stop")) == 1
+    assert not anew.events("worker_failure")
+    assert not anew.events("end")
+    assert anew.folder.read_json("run.json")["settings"]["optimizer"]["lr"] == 1e-2
+
+
+def test_sequences_longer_than_the_tokens_are_refused_before_ray_starts(workspace, monkeypatch, capsys):
+    monkeypatch.setattr(job, "ray_session", None)
+    assert main(["pretrain", "--workspace", workspace, "--name", "long", "--sequence_length", "1000000"]) == 2
+    assert "sequence_length is 1000000; " in capsys.readouterr().err
+    assert not os.path.exists(f"{workspace}/runs/long")
+
+
+def checkpoints_of(folder, step):
+    """Whether the run has a checkpoint of this step or a later one."""
+    return any(event["event"] == "checkpoint" and event["step"] >= step for event in folder.events())
+
+
+def wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.02)
+
+
+def descendants(pid):
+    """All processes below one, as (pid, start time), so that a number used again is not taken for them."""
+    children = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        if found := parent_and_start(int(name)):
+            children.setdefault(found[0], []).append((int(name), found[1]))
+    family, todo = [], [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        family += below
+        todo += [child for child, _ in below]
+    return family
+
+
+def parent_and_start(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else (int(fields[1]), fields[19])
+
+
+def end_all(family):
+    """Wait for Ray's processes to follow their driver; end those that do not."""
+
+    def left():
+        return [pid for pid, start in family if (found := parent_and_start(pid)) and found[1] == start]
+
+    deadline = time.monotonic() + 10
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left():
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not left(), 10)
