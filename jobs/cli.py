@@ -7,10 +7,13 @@ recipe either holds one job's settings, or a section for each job beside what al
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import logging
 import os
 import sys
+import typing
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -83,9 +86,29 @@ def parse(job: str, arguments: list[str]) -> Any:
     parser = jsonargparse.ArgumentParser(prog=f"ingot {job}", description=kind.__doc__, parser_mode="recipe")
     parser.add_argument("--config", action="config", help="recipe: a YAML file with this job's settings, or sections")
     parser.add_class_arguments(kind, as_group=False)
-    values = dict(vars(parser.instantiate(parser.parse_args(arguments))))
+    values = dict(vars(parser.instantiate(parser.parse_args(_spelled_out(arguments, kind)))))
     values.pop("config", None)
     return kind(**values)
+
+
+def _spelled_out(arguments: list[str], kind: type) -> list[str]:
+    """``--chaos`` alone means ``--chaos true``, as for any switch."""
+    switches = {f"--{name}" for name in _switches(kind)}
+    out = []
+    for i, argument in enumerate(arguments):
+        out.append(argument)
+        if argument in switches and (i + 1 == len(arguments) or arguments[i + 1].startswith("--")):
+            out.append("true")
+    return out
+
+
+def _switches(kind: type) -> Iterator[str]:
+    """Dotted names of the settings that are true or false."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if hint is bool:
+            yield name
+        elif dataclasses.is_dataclass(hint):
+            yield from (f"{name}.{inner}" for inner in _switches(hint))
 
 
 def job_section(recipe: Any, job: str) -> Any:
