@@ -6,6 +6,7 @@ ASHA: Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning".
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from jobs.pretrain import check_fits, pretrain
+from jobs.pretrain import check_fits, finished, pretrain
 from jobs.run_folder import StoredRun, valid_steps
 from jobs.session import ray_session
 from jobs.settings import PretrainJob, SearchDimension, TuneJob, with_setting
@@ -38,6 +39,11 @@ def run(settings: TuneJob) -> list[dict[str, Any]]:
     every = max(base.steps // settings.comparisons, 1)
     base = dataclasses.replace(base, validate_every=every, checkpoint_every=every, keep_checkpoints=1)
     _remember(folder, settings, manifest["fingerprint"])
+    results = storage.join(folder, "results.json")
+    if storage.exists(results) and not (done := storage.read_json(results))["failed"]:
+        log.info("tune: sweep %s is done already, nothing to do", settings.name)
+        _tell(done["trials"], space, 0)
+        return done["trials"]
     # Ray Train frees the cores of a trial that ASHA stopped by asking the dashboard whether its controller is gone.
     with ray_session(base.workers, dashboard=True):
         tuner = _tuner(settings, base, folder, every)
@@ -46,9 +52,9 @@ def run(settings: TuneJob) -> list[dict[str, Any]]:
     table = _table(folder, space)
     if not table:
         raise RuntimeError(f"{folder}: no trial got as far as a validation; the first error: {errors[:1]}")
-    storage.write_json(storage.join(folder, "results.json"), {"space": space, "trials": table})
     storage.write_bytes(storage.join(folder, "best.yaml"), best_recipe(base, table[0]).encode())
     storage.write_bytes(storage.join(folder, "sweep.svg"), picture(folder, table, space))
+    storage.write_json(results, {"space": space, "trials": table, "failed": len(errors)})  # last: it says all is done
     _tell(table, space, len(errors))
     log.info("tune: best settings in %s", storage.join(folder, "best.yaml"))
     return table
@@ -82,7 +88,7 @@ def _tuner(settings: TuneJob, base: PretrainJob, folder: str, every: int) -> Any
         return tune.Tuner.restore(storage.join(folder, "tune"), trainable, resume_unfinished=True, restart_errored=True)
     return tune.Tuner(
         trainable,
-        param_space={name: _domain(dimension) for name, dimension in settings.dimensions().items()},
+        param_space={name: _domain(base, name, dimension) for name, dimension in settings.dimensions().items()},
         tune_config=tune.TuneConfig(
             metric=METRIC,
             mode="min",
@@ -96,11 +102,15 @@ def _tuner(settings: TuneJob, base: PretrainJob, folder: str, every: int) -> Any
     )
 
 
-def _domain(dimension: SearchDimension) -> Any:
+def _domain(base: PretrainJob, name: str, dimension: SearchDimension) -> Any:
     from ray import tune
 
     if dimension.values is not None:
         return tune.choice(dimension.values)
+    lowest = functools.reduce(getattr, name.split("."), with_setting(base, name, dimension.low))
+    if isinstance(lowest, int):
+        draw = tune.lograndint if dimension.scale == "log" else tune.randint
+        return draw(max(lowest, 1) if dimension.scale == "log" else lowest, round(dimension.high) + 1)
     draw = tune.loguniform if dimension.scale == "log" else tune.uniform
     return draw(dimension.low, dimension.high)
 
@@ -129,6 +139,12 @@ def _trial(config: dict[str, Any], base: PretrainJob, folder: str) -> None:
         settings = with_setting(settings, name, value)
     trial = tune.get_context().get_trial_id()
     where = storage.join(folder, "trials", trial)
+    before = StoredRun(where)
+    for step, row in valid_steps(before.metrics(), METRIC).items():
+        # A killed sweep has forgotten the last that its trials told; ASHA compares the others with it.
+        tune.report({"step": step, METRIC: row[METRIC]})
+    if finished(before, settings.steps):
+        return
     storage.write_json(storage.join(where, "trial.json"), {"trial": trial, "config": config})
     inside = where.removeprefix(base.workspace.rstrip("/") + "/")
     pretrain(

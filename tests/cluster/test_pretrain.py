@@ -4,15 +4,13 @@ import dataclasses
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import yaml
+from training_bench import descendants, end_all, wait_until
 
 from jobs import pretrain as job
 from jobs.cli import main
@@ -22,38 +20,15 @@ from models.config import OptimizerConfig, ScheduleConfig
 from models.training.loop import TrainingStoppedError
 from models.training.spikes import SpikeConfig
 from pipelines import storage
-from pipelines.documents import document_id, to_table
-from pipelines.stage import Output, Stage, Unit, run_stage
-from pipelines.tokenize import TokenizeSettings, tokenize
-from pipelines.tokenizer import TokenizerSettings, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
-WORDS = ("ore", "slag", "ingot", "furnace", "cast", "mould", "alloy", "ladle", "hearth", "flux")
 STEPS = 60
 
 
-def documents(part: int):
-    """Texts that a small model learns in a few steps: the words in a circle, now and then leaving one out."""
-    rng = np.random.default_rng(part)
-    rows = []
-    for i in range(40):
-        places = np.cumsum(rng.choice([1, 2], 80, p=[0.9, 0.1])) + rng.integers(len(WORDS))
-        text = " ".join(WORDS[place % len(WORDS)] for place in places)
-        rows.append({"id": document_id("books", str(part), i), "text": text, "source": "books"})
-    yield Output(to_table(rows), None, len(rows), 0)
-
-
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory, ray_session):
-    root = str(tmp_path_factory.mktemp("pretraining") / "project")
-    corpus = f"{root}/corpus/near"
-    units = [Unit(f"part-{i:05d}", {"part": i}) for i in range(4)]
-    manifest = run_stage(Stage("near", corpus, {}, {}), units, documents)
-    train(f"{root}/tokenizer", corpus, manifest, TokenizerSettings(vocab_size=320, reserved_tokens=0))
-    cut = TokenizeSettings(validation_share=0.1, block=64, shard_tokens=64 * 32)
-    tokenize(f"{root}/tokens", corpus, manifest, f"{root}/tokenizer", cut)
-    return root
+def workspace(token_workspace):
+    return token_workspace
 
 
 def settings(workspace, name, **changes):
@@ -230,47 +205,3 @@ def test_sequences_longer_than_the_tokens_are_refused_before_ray_starts(workspac
 def checkpoints_of(folder, step):
     """Whether the run has a checkpoint of this step or a later one."""
     return any(event["event"] == "checkpoint" and event["step"] >= step for event in folder.events())
-
-
-def wait_until(condition, seconds):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.02)
-
-
-def descendants(pid):
-    """All processes below one, as (pid, start time), so that a number used again is not taken for them."""
-    children = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        if found := parent_and_start(int(name)):
-            children.setdefault(found[0], []).append((int(name), found[1]))
-    family, todo = [], [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        family += below
-        todo += [child for child, _ in below]
-    return family
-
-
-def parent_and_start(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rsplit(")", 1)[1].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else (int(fields[1]), fields[19])
-
-
-def end_all(family):
-    """Wait for Ray's processes to follow their driver; end those that do not."""
-
-    def left():
-        return [pid for pid, start in family if (found := parent_and_start(pid)) and found[1] == start]
-
-    deadline = time.monotonic() + 10
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for pid in left():
-        os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not left(), 10)
