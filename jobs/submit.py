@@ -26,6 +26,7 @@ from jobs.shipping import Paths, copy_program, is_here, ship_arguments
 
 REACH_SECONDS = 10
 QUIET_SECONDS = 60
+START_SECONDS = 60
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
@@ -125,15 +126,12 @@ def run(settings: SubmitSettings, job: str, arguments: list[str]) -> int:
         # On this machine the interpreter is known; elsewhere it is the one that the nodes' PATH finds.
         python = "python" if elsewhere else sys.executable
         entrypoint = [python, "-m", "jobs", job, *shipped, "--workspace", workspace]
-        try:
-            client.submit_job(
-                entrypoint=shlex.join(entrypoint),
-                submission_id=submission,
-                runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
-                metadata={"ingot_job": job, "workspace": workspace},
-            )
-        except RuntimeError as error:
-            raise SettingsError(f"{address}: the cluster did not take the job: {_first_line(error)}") from None
+        request = {
+            "entrypoint": shlex.join(entrypoint),
+            "runtime_env": {"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+            "metadata": {"ingot_job": job, "workspace": workspace},
+        }
+        _hand_in(client, address, submission, request)
     print(f"{submission}: submitted to {address}, workspace {workspace}", file=sys.stderr)
     hint = _hint(address, submission, bool(headers))
     if not settings.wait:
@@ -156,6 +154,28 @@ def run(settings: SubmitSettings, job: str, arguments: list[str]) -> int:
             time.sleep(0.5)
         print(f"{submission}: {client.get_job_status(submission)}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _hand_in(client: Any, address: str, submission: str, request: dict[str, Any]) -> None:
+    """Submit, waiting for a cluster that has just started: its job server answers before it can take a job.
+
+    Raises:
+        SettingsError: the cluster does not take the job.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            client.submit_job(submission_id=submission, **request)
+        except (RuntimeError, OSError) as error:  # Ray's, and what requests raises for a broken connection
+            with contextlib.suppress(RuntimeError, OSError):
+                client.get_job_info(submission)
+                return  # it arrived; only the answer was lost
+            passing = isinstance(error, OSError) or "No available agent" in str(error)
+            if not passing or time.monotonic() > deadline:
+                raise SettingsError(f"{address}: the cluster did not take the job: {_first_line(error)}") from None
+            time.sleep(2)
+        else:
+            return
 
 
 def _token_headers() -> dict[str, str]:
