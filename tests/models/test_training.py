@@ -247,6 +247,36 @@ def test_a_run_that_keeps_spiking_stops_with_a_diagnosis(tmp_path):
     assert "data steps that were skipped" in stop["diagnosis"]
 
 
+def test_bad_data_stays_skipped_when_every_checkpoint_is_lost(tmp_path):
+    training(tmp_path / "run", poison=range(43, 47)).train()
+    (start, end), *_ = Folder(tmp_path / "run").read_json("ledger.json")["skips"]
+    for receipt in (tmp_path / "run" / "checkpoints").glob("*/checkpoint.json"):
+        receipt.unlink()
+    seen = []
+    again = training(tmp_path / "run", poison=range(43, 47), seen=seen)
+    again.train()
+    assert seen[0] == 0
+    assert not set(seen) & set(range(start, end))
+    assert len(Folder(tmp_path / "run").events("rollback")) == 1
+
+
+def test_a_run_killed_at_its_very_end_still_reports_its_last_checkpoint(tmp_path):
+    class Dies(Folder):
+        def append_line(self, name, line):
+            super().append_line(name, line)
+            if '"checkpoint", "step": 60' in line:
+                raise Killed
+
+    run = training(tmp_path / "run")
+    run.run = Dies(tmp_path / "run")
+    with pytest.raises(Killed):
+        run.train()
+    reports = []
+    result = training(tmp_path / "run", reports=reports).train()
+    assert [pointer["folder"] for _, pointer in reports] == ["checkpoints/step-00000060"]
+    assert reports[0][0]["validation_loss"] == result["validation_loss"]
+
+
 @pytest.mark.parametrize("damage", ["flip", "tear"])
 def test_a_damaged_checkpoint_is_recognized_and_the_one_before_is_used(tmp_path, damage):
     with pytest.raises(Killed):
