@@ -13,6 +13,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -56,12 +57,14 @@ def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
     path = local_path(uri)
     if path is not None:
         return fs.LocalFileSystem(), path
-    return fs.FileSystem.from_uri(uri)
+    # Keys are written as they are: a space, % or ? in one is part of the name, which pyarrow would take for syntax.
+    scheme, _, rest = uri.partition("://")
+    return fs.FileSystem.from_uri(f"{scheme}://{quote(rest, safe='/@:')}")
 
 
-def _prefix(uri: str, path: str) -> str:
+def _prefix(uri: str) -> str:
     """What has to stand before a path of the file system of ``uri`` to make a URI of it again."""
-    return "" if local_path(uri) is not None else uri[: uri.index("://") + 3] if "://" in uri else path[:0]
+    return uri[: uri.index("://") + 3] if is_remote(uri) else ""
 
 
 def exists(uri: str) -> bool:
@@ -73,19 +76,20 @@ def exists(uri: str) -> bool:
 def list_files(uri: str, *, hidden: bool = False) -> list[FileInfo]:
     """The files that ``uri`` names, sorted by URI: one file, all below a folder, or all that a glob matches.
 
-    ``*`` and ``?`` match within a folder's name, ``**`` across folders. Names that start with a dot or an underscore
-    below the given folder are left out, as unfinished or private, unless ``hidden`` is set.
+    ``*`` and ``?`` match within a folder's name, ``**`` across folders; a path that exists as it is written is no glob.
+    Files that start with a dot, and folders that start with a dot or an underscore, below the given folder are left
+    out, as unfinished or private, unless ``hidden`` is set.
 
     Raises:
         FileNotFoundError: nothing is there.
     """
     pattern = None
     folder = uri
-    if any(c in uri for c in "*?["):
+    if any(c in uri for c in "*?[") and not exists(uri):
         first = min(uri.index(c) for c in "*?[" if c in uri)
         folder, pattern = uri[: uri.rindex("/", 0, first)] if "/" in uri[:first] else ".", uri
     filesystem, path = _resolve(folder)
-    prefix = _prefix(uri, path)
+    prefix = _prefix(uri)
     info = filesystem.get_file_info(path)
     if info.type == fs.FileType.File:
         return [FileInfo(prefix + info.path, info.size, _seconds(info))]
@@ -202,7 +206,11 @@ def append_line(uri: str, line: str) -> None:
     path = local_path(uri)
     if path is not None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "ab") as out:
+        with open(path, "ab+") as out:
+            if out.tell():
+                out.seek(-1, os.SEEK_END)
+                if out.read(1) != b"\n":  # a line that a crash cut short must not swallow this one
+                    line = f"\n{line}"
             out.write(line.encode() + b"\n")
         return
     before = read_bytes(uri) if exists(uri) else b""

@@ -41,6 +41,11 @@ def test_globs_match_like_a_shell_and_come_sorted(tmp_path):
         names("*.zip")
 
 
+def test_a_folder_whose_name_looks_like_a_glob_is_listed(tmp_path):
+    storage.write_bytes(str(tmp_path / "run [1]" / "a.txt"), b"x")
+    assert [storage.file_name(f.uri) for f in storage.list_files(str(tmp_path / "run [1]"))] == ["a.txt"]
+
+
 def test_a_broken_json_file_is_named(tmp_path):
     uri = str(tmp_path / "manifest.json")
     storage.write_bytes(uri, b"{")
@@ -53,6 +58,10 @@ def test_lines_are_added_and_folders_deleted(tmp_path):
     storage.append_line(uri, "one")
     storage.append_line(uri, "two")
     assert storage.read_bytes(uri) == b"one\ntwo\n"
+    with open(uri, "ab") as file:
+        file.write(b"cut sho")
+    storage.append_line(uri, "three")
+    assert storage.read_bytes(uri) == b"one\ntwo\ncut sho\nthree\n"
     storage.delete(str(tmp_path / "run"))
     storage.delete(str(tmp_path / "run"))
     assert not storage.exists(uri)
@@ -98,5 +107,14 @@ def test_an_object_store_behaves_like_a_folder(bucket):
     with storage.parquet_writer(f"{root}/part.parquet", pa.schema([("n", pa.int64())])) as writer:
         writer.write_table(pa.table({"n": [1, 2, 3]}))
     assert storage.open_parquet(f"{root}/part.parquet").read()["n"].to_pylist() == [1, 2, 3]
+    for name in ("Moby Dick.txt", "100%25 é.txt", "a?b#c.txt"):
+        storage.write_bytes(f"{root}/books/{name}", name.encode())
+    for pattern in (f"{root}/books", f"{root}/books/*.txt"):
+        files = storage.list_files(pattern)
+        assert sorted(storage.read_bytes(file.uri).decode() for file in files) == sorted(
+            storage.file_name(file.uri) for file in files
+        )
+        assert len(files) == 3
+    assert len(storage.list_files(f"{root}/books/[am]*.txt")) == 1
     storage.delete(root)
     assert not storage.exists(root)
