@@ -146,7 +146,7 @@ def _run(
 
 def _extract_stage(folder: str, settings: CurationSettings) -> dict[str, Any]:
     units = sources.discover(settings.sources)
-    listing = json.dumps([[unit.name, unit.files, unit.bytes] for unit in units])
+    listing = json.dumps([[unit.name, unit.files, unit.bytes, unit.changed] for unit in units])
     stage = Stage(
         "extract",
         folder,

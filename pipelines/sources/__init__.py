@@ -78,12 +78,14 @@ class Unit:
         source: what the files are.
         files: their URIs, in order.
         bytes: their size as stored.
+        changed: when the newest of them was last changed (Unix seconds, 0 when unknown).
     """
 
     name: str
     source: Source
     files: list[str]
     bytes: int
+    changed: float = 0.0
 
 
 def discover(sources: list[Source]) -> list[Unit]:
@@ -91,17 +93,29 @@ def discover(sources: list[Source]) -> list[Unit]:
 
     Raises:
         FileNotFoundError: a source has no files; the message names its path.
+        ValueError: two files would give their documents the same ids, since sources of one name overlap or hold files
+            of one name.
     """
     units: list[Unit] = []
     numbers: dict[str, int] = {}
+    taken: dict[tuple[str, str], str] = {}
     for source in sources:
         files = _files(source)
         if not files:
             raise FileNotFoundError(f"{source.path}: holds no {source.kind} files")
+        for file in files:
+            key = source.label, source.relative(file.uri)
+            if key in taken:
+                raise ValueError(
+                    f"sources: {taken[key]} and {file.uri} would give their documents the same ids under the name "
+                    f"{source.label}; give each source a name of its own, or one path that holds both"
+                )
+            taken[key] = file.uri
         for group in _groups(files, _UNIT_BYTES if source.kind in ("books", "code") else 0):
             number = numbers[source.label] = numbers.get(source.label, -1) + 1
             size = sum(file.size for file in group)
-            units.append(Unit(f"{source.label}-{number:05d}", source, [file.uri for file in group], size))
+            changed = max(file.mtime for file in group)
+            units.append(Unit(f"{source.label}-{number:05d}", source, [file.uri for file in group], size, changed))
     return units
 
 

@@ -44,17 +44,22 @@ def list_code(source: Source) -> list[storage.FileInfo]:
     """
     root = storage.local_path(source.path)
     if root is None or not os.path.isdir(root):
-        files = [file for file in storage.list_files(source.path) if language_of(file.uri)]
-        return [file for file in files if SKIPPED_FOLDERS.isdisjoint(source.relative(file.uri).split("/"))]
+        # Folders such as _internal are code too, so that hidden names are sorted out here, as in a local tree below.
+        files = [file for file in storage.list_files(source.path, hidden=True) if language_of(file.uri)]
+        return [file for file in files if not any(map(_is_skipped, source.relative(file.uri).split("/")))]
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
+        folders[:] = [name for name in folders if not _is_skipped(name)]
         for name in names:
             file = os.path.join(folder, name)
             if language_of(name) and not name.startswith(".") and os.path.isfile(file):
                 status = os.stat(file)
                 found.append(storage.FileInfo(file, status.st_size, status.st_mtime))
     return sorted(found)
+
+
+def _is_skipped(name: str) -> bool:
+    return name.startswith(".") or name in SKIPPED_FOLDERS
 
 
 def language_of(uri: str) -> str | None:

@@ -24,6 +24,11 @@ def read(uri: str, source: Source) -> Iterator[Record | BadRecord]:
     except ValueError as error:
         yield BadRecord(uri, 0, "parquet: not readable", str(error))
         return
+    except OSError as error:
+        if _from_storage(error):
+            raise
+        yield BadRecord(uri, 0, "parquet: not readable", str(error))
+        return
     schema = file.schema_arrow
     if source.text_field not in schema.names or not _is_string(schema.field(source.text_field).type):
         detail = f"no column of strings {source.text_field}; there are {', '.join(schema.names)}"
@@ -38,16 +43,26 @@ def read(uri: str, source: Source) -> Iterator[Record | BadRecord]:
                 yield from _documents(uri, row, batch, source)
                 row += len(batch)
         except (pa.ArrowException, OSError) as error:
+            if _from_storage(error):
+                raise
             offset = _offset(file, group)
             yield BadRecord(uri, offset, "parquet: damaged row group", f"rows {row} to {start + rows - 1}: {error}")
         row = start + rows
 
 
 def _documents(uri: str, row: int, batch: pa.RecordBatch, source: Source) -> Iterator[Record | BadRecord]:
-    for i, fields in enumerate(batch.to_pylist(), row):
+    for i in range(row, row + len(batch)):
+        try:
+            fields = batch.slice(i - row, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield BadRecord(uri, -1, "parquet: bad UTF-8", f"row {i}: {error}")
+            continue
         text = fields.get(source.text_field)
         if text is None:
             yield BadRecord(uri, -1, "parquet: no text", f"row {i} has no {source.text_field}")
+            continue
+        if len(text.encode()) > source.max_record_bytes:
+            yield BadRecord(uri, -1, "parquet: too long", f"row {i} has more than {source.max_record_bytes} bytes")
             continue
         url = fields.get("url")
         yield {
@@ -58,6 +73,12 @@ def _documents(uri: str, row: int, batch: pa.RecordBatch, source: Source) -> Ite
             "offset": -1,
             "metadata": {"row": i, **scalars(fields, (source.text_field, "url"))},
         }
+
+
+def _from_storage(error: Exception) -> bool:
+    """Whether the storage failed; pyarrow raises OSError for that and for damaged content alike."""
+    known = "AWS Error" in str(error) or "google::cloud" in str(error)
+    return known or (isinstance(error, OSError) and error.errno is not None)
 
 
 def _offset(file: pq.ParquetFile, group: int) -> int:

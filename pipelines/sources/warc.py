@@ -199,8 +199,12 @@ def _page(uri: str, offset: int, raw: _Raw, source: Source) -> Record | BadRecor
     content_type = record.http_headers.get("Content-Type") or record.headers.get("WARC-Identified-Payload-Type") or ""
     if content_type.partition(";")[0].strip().lower() not in _HTML:
         return BadRecord(uri, offset, "warc: not HTML", content_type)
+    # A compressed body may be a thousand times as long as the record that holds it.
+    html = record.reader.read(source.max_record_bytes + 1)
+    if len(html) > source.max_record_bytes:
+        return BadRecord(uri, offset, "warc: record too long", f"more than {source.max_record_bytes} bytes of HTML")
     document = _document(uri, offset, record.headers, source)
-    return document | {"html": record.reader.read(), "content_type": content_type}
+    return document | {"html": html, "content_type": content_type}
 
 
 def _text(uri: str, offset: int, raw: _Raw, source: Source) -> Record | BadRecord:

@@ -47,6 +47,12 @@ def test_damaged_pages_give_no_text_and_no_error(html):
     assert extract_text(html).strip("<\ufffd") == ""
 
 
+def test_elements_nested_without_end_are_refused_at_once():
+    with pytest.raises(ValueError, match="nested 100000 deep"):
+        extract_text(b"<DIV>" * 100_000 + b"text")
+    assert "text" in extract_text(b"<div>a</div>" * 100_000 + b"text")
+
+
 def test_hard_spaces_and_controls_become_plain():
     assert extract_text(b"<p>a&nbsp;b\x01\x85c</p>", "text/html; charset=utf-8").startswith("a b")
 

@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import os
 import random
 import zlib
 
@@ -185,6 +186,15 @@ def test_a_record_that_is_too_long_is_passed_over(tmp_path):
     assert [(b.reason, b.offset) for b in bad] == [("warc: record too long", len(records[0]))]
 
 
+def test_a_compressed_body_that_is_too_long_is_named_and_not_held(tmp_path):
+    body = gzip.compress(b"a" * 3_000_000)
+    page = warc_record(1, content_type="text/html\r\nContent-Encoding: gzip", body=body)
+    (tmp_path / "a.warc").write_bytes(page + warc_record(2))
+    documents, bad = read_all("warc", tmp_path / "a.warc", max_record_bytes=1_000_000)
+    assert numbers(documents) == [2]
+    assert [b.reason for b in bad] == ["warc: record too long"]
+
+
 def test_an_archive_of_zstd_frames_is_read(tmp_path):
     path = tmp_path / "a.warc.zst"
     path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(warc_record(i)) for i in range(3)))
@@ -326,6 +336,20 @@ def test_damaged_parquet_is_named_and_sound_row_groups_are_read(tmp_path):
     assert [b.reason for b in read_all("parquet", path)[1]] == ["parquet: no text"]
 
 
+def test_a_parquet_row_that_is_no_utf8_or_too_long_and_a_damaged_footer_are_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    offsets = pa.array([0, 3, 5, 15], pa.int32()).buffers()[1]
+    text = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"abc\xff\xfe" + b"x" * 10)])
+    pq.write_table(pa.table({"text": text}), path)
+    documents, bad = read_all("parquet", path, max_record_bytes=9)
+    assert [d["text"] for d in documents] == ["abc"]
+    assert [b.reason for b in bad] == ["parquet: bad UTF-8", "parquet: too long"]
+    data = path.read_bytes()
+    footer = int.from_bytes(data[-8:-4], "little")
+    path.write_bytes(data[: -8 - footer] + b"\xff" * footer + data[-8:])
+    assert [b.reason for b in read_all("parquet", path)[1]] == ["parquet: not readable"]
+
+
 def test_books_are_one_document_a_file(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "Moby Dick.txt").write_bytes(b"\xef\xbb\xbfCall me\r\nIshmael.")
@@ -365,6 +389,7 @@ def test_code_is_read_with_its_language_and_machine_made_files_are_named(tmp_pat
         "_private/b.rs": "rust",
         "Makefile": "make",
     }
+    assert read_all("code", f"{tmp_path}/src/**/*")[0] == documents
     assert {b.path.rpartition("/")[2]: b.reason for b in bad} == {
         "gen.go": "code: generated",
         "min.js": "code: minified",
@@ -402,11 +427,14 @@ def test_units_are_named_uniquely_grouped_and_the_same_each_time(tmp_path, monke
     for i in range(5):
         (tmp_path / f"{i}.txt").write_text("x" * 100)
         (tmp_path / f"{i}.jsonl").write_text("{}")
+    (tmp_path / "more").mkdir()
+    for name in ("x", "y"):
+        (tmp_path / "more" / f"{name}.jsonl").write_text("{}")
     folder = str(tmp_path)
     wanted = [
         Source("books", folder),
-        Source("jsonl", folder, name="web"),
-        Source("jsonl", f"{folder}/[01].jsonl", name="web"),
+        Source("jsonl", f"{folder}/?.jsonl", name="web"),
+        Source("jsonl", f"{folder}/more/*.jsonl", name="web"),
     ]
     units = discover(wanted)
     assert [u.name for u in units] == [f"books-0000{i}" for i in range(3)] + [f"web-0000{i}" for i in range(7)]
@@ -423,6 +451,27 @@ def test_ids_stay_the_same_when_a_source_is_moved(tmp_path):
         ids.append([d["id"] for d in read_all("jsonl", tmp_path / place)[0]])
     assert ids[0] == ids[1]
     assert len(set(ids[0])) == 2
+
+
+def test_sources_whose_documents_would_share_ids_are_refused(tmp_path):
+    for year in ("2023", "2024"):
+        (tmp_path / year).mkdir()
+        (tmp_path / year / "a.jsonl").write_text('{"text": "a"}\n')
+    years = [str(tmp_path / year) for year in ("2023", "2024")]
+    with pytest.raises(ValueError, match=r"2023/a.jsonl and .*2024/a.jsonl would give their documents the same ids"):
+        discover([Source("jsonl", year) for year in years])
+    units = discover([Source("jsonl", year, name=year[-4:]) for year in years])
+    assert len({item["id"] for unit in units for item in read(unit)}) == 2
+    assert len(discover([Source("jsonl", str(tmp_path))])) == 2
+
+
+def test_a_file_that_was_written_anew_with_the_same_size_counts_as_another(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n')
+    before = discover([Source("jsonl", str(path))])
+    path.write_text('{"text": "b"}\n')
+    os.utime(path, (1e9, 1e9))
+    assert discover([Source("jsonl", str(path))]) != before
 
 
 def test_a_source_without_files_is_refused_by_its_path(tmp_path):
