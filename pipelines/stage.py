@@ -117,6 +117,8 @@ class Stage:
         marker = storage.join(self.folder, _UNFINISHED)
         same = storage.exists(marker) and storage.read_json(marker) == self.fingerprint
         if not same:
+            # The manifest goes first: a kill in the middle must not leave one that vouches for parts that are gone.
+            storage.delete(storage.join(self.folder, MANIFEST))
             storage.delete(self.folder)
             storage.write_json(marker, self.fingerprint)
 
@@ -169,9 +171,14 @@ def part_uris(folder: str, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def read_part(uri: str, rows: int = 1024, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """A part's rows as tables of at most ``rows`` rows."""
-    for batch in storage.open_parquet(uri).iter_batches(batch_size=rows, columns=columns):
-        yield pa.Table.from_batches([batch])
+    """A part's rows as tables of at most ``rows`` rows, and of at most what its writer held at a time.
+
+    The work functions write their batches, bounded in bytes, as row groups; reading one at a time keeps that bound.
+    """
+    file = storage.open_parquet(uri)
+    for group in range(file.num_row_groups):
+        for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+            yield pa.Table.from_batches([batch])
 
 
 def text_bytes(table: pa.Table) -> int:

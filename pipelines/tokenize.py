@@ -72,16 +72,20 @@ def tokenize(
     inputs = {"corpus": corpus_manifest["fingerprint"], "tokenizer": tokenizer_manifest["fingerprint"]}
     stages = {s: Stage(f"tokens/{s}", storage.join(tokens, s), settings, inputs) for s in SPLITS}
     finished = {split: stage.finished() for split, stage in stages.items()}
+    encoded_folder = storage.join(tokens, "_encoded")
     if all(finished.values()):
         log.info("tokens: up to date, nothing to do")
+        storage.delete(encoded_folder)  # a run that was killed at its very end left it
         return finished
 
-    encoded_folder = storage.join(tokens, "_encoded")
     encode = Stage("encode", encoded_folder, {"validation_share": settings.validation_share}, inputs)
     encoded = encode.finished() or run_stage(
         encode,
         [
-            Unit(part["file"].removesuffix(".parquet"), {"part": uri, "tokenizer": tokenizer, **encode.settings})
+            Unit(
+                part["file"].removesuffix(".parquet"),
+                {"part": uri, "tokenizer": tokenizer, "made": inputs["tokenizer"], **encode.settings},
+            )
             for part, uri in zip(corpus_manifest["parts"], part_uris(corpus, corpus_manifest), strict=True)
         ],
         _encode,
@@ -114,7 +118,8 @@ def _encoded_schema(vocab_size: int) -> pa.Schema:
 
 
 @functools.cache
-def _tokenizer(folder: str) -> Tokenizer:
+def _tokenizer(folder: str, made: str) -> Tokenizer:
+    """The tokenizer, loaded once a process; ``made``, its manifest's fingerprint, tells it from an earlier one."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every task has one core; Ray runs as many tasks as there are
     return Tokenizer.load(folder)
 
@@ -124,9 +129,9 @@ def is_validation(document: str, share: float) -> bool:
     return xxhash.xxh32_intdigest(f"split\0{document}".encode()) < share * 2**32
 
 
-def _encode(part: str, tokenizer: str, validation_share: float) -> Iterator[Output]:
+def _encode(part: str, tokenizer: str, made: str, validation_share: float) -> Iterator[Output]:
     """Work of the encode stage: a corpus part to its documents' tokens, each ended by ``<|endoftext|>``."""
-    encoder = _tokenizer(tokenizer)
+    encoder = _tokenizer(tokenizer, made)
     schema = _encoded_schema(encoder.vocab_size)
     for table in read_part(part, rows=256, columns=["id", "text", "source", "url"]):
         texts = table["text"].to_pylist()
@@ -165,7 +170,7 @@ def _pack(
     ends = np.cumsum(counts)
     total = int(ends[-1])
     uris = part_uris(encoded_folder, encoded)
-    encoder = _tokenizer(tokenizer)
+    encoder = _tokenizer(tokenizer, stage.inputs["tokenizer"])
     units = []
     for index in range(-(-total // settings.shard_tokens)):
         start = index * settings.shard_tokens

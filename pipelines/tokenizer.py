@@ -44,6 +44,9 @@ class TokenizerSettings:
                 f"tokenizer.vocab_size is {self.vocab_size}; it has to be at least {least} "
                 f"(256 bytes, 2 special and {self.reserved_tokens} reserved tokens)"
             )
+        for name in ("reserved_tokens", "min_frequency"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"tokenizer.{name} is {getattr(self, name)}; it must not be negative")
         if self.sample_bytes < 1:
             raise ValueError(f"tokenizer.sample_bytes is {self.sample_bytes}; it has to be positive")
 

@@ -21,6 +21,7 @@ from pipelines.dedup import (
     shuffle,
     write_duplicates,
 )
+from pipelines.stage import read_part
 
 
 @dataclass
@@ -55,8 +56,8 @@ def find_duplicates(parts: list[str], output: str, settings: ExactDedup, partiti
 
     def hash_part(index: int, part: str) -> Iterator[pa.Table]:
         row = 0
-        for batch in storage.open_parquet(part).iter_batches(columns=["text"], batch_size=1024):
-            digests = b"".join(text_digest(text or "", ignore) for text in batch.column(0).to_pylist())
+        for batch in read_part(part, columns=["text"]):
+            digests = b"".join(text_digest(text or "", ignore) for text in batch["text"].to_pylist())
             high, low = np.frombuffer(digests, ">i8").reshape(-1, 2).astype(np.int64).T
             yield pa.table({"high": high, "low": low, "node": nodes(index, np.arange(row, row + len(batch)))})
             row += len(batch)

@@ -34,6 +34,7 @@ from pipelines.dedup import (
     write_duplicates,
 )
 from pipelines.dedup.components import connected_components
+from pipelines.stage import read_part
 from pipelines.words import analyse, ngram_hashes
 
 if TYPE_CHECKING:
@@ -71,6 +72,13 @@ class MinHashDedup:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}, must be between {low} and {high}")
+        try:
+            self.bands_and_rows()
+        except ValueError:
+            raise ValueError(
+                f"permutations is {self.permutations}, must be more for a jaccard of {self.jaccard}: "
+                "they do not make two bands"
+            ) from None
 
     def bands_and_rows(self) -> tuple[int, int]:
         """Bands and rows a band that weigh missed pairs and false ones the same (datasketch's arithmetic)."""
@@ -190,8 +198,8 @@ def find_duplicates(parts: list[str], output: str, settings: MinHashDedup, parti
     def sign(index: int, part: str) -> Iterator[pa.Table]:
         row = 0
         with storage.parquet_writer(signed[index], schema, compression="none") as out:
-            for batch in storage.open_parquet(part).iter_batches(columns=["text"], batch_size=_ROWS):
-                shingles = [shingle_hashes(text or "", settings.shingle) for text in batch.column(0).to_pylist()]
+            for batch in read_part(part, _ROWS, ["text"]):
+                shingles = [shingle_hashes(text or "", settings.shingle) for text in batch["text"].to_pylist()]
                 found = signatures(shingles, bands * rows, settings.seed)
                 out.write_table(pa.table([_as_binary(found)], schema))
                 some = np.flatnonzero([len(s) for s in shingles])

@@ -177,3 +177,8 @@ def test_values_out_of_range_are_refused_by_name(name, value):
     SETTINGS.validate()
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         MinHashDedup(**{name: value}).validate()
+
+
+def test_too_few_permutations_for_the_similarity_are_refused_before_the_search():
+    with pytest.raises(ValueError, match=r"permutations is 16, must be more for a jaccard of 0.99"):
+        MinHashDedup(jaccard=0.99, permutations=16).validate()

@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import storage
-from pipelines.documents import SET_ASIDE_SCHEMA, document_id, to_table
-from pipelines.stage import Output, Stage, Unit, read_manifest, run_stage
+from pipelines.documents import SCHEMA, SET_ASIDE_SCHEMA, document_id, to_table
+from pipelines.stage import Output, Stage, Unit, read_manifest, read_part, run_stage
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -67,6 +67,34 @@ def test_a_failed_stage_goes_on_with_the_units_that_are_missing(tmp_path):
     assert manifest["documents_out"] == 6
     if before is not None:
         assert calls(tmp_path) == before | {"2": before["2"] + 1}
+
+
+def test_a_kill_while_a_stale_folder_is_emptied_leaves_no_manifest(tmp_path, monkeypatch):
+    stage, units = stage_and_units(tmp_path)
+    run_stage(stage, units, work)
+    delete = storage.delete
+
+    def killed_in_the_folder(uri):
+        if uri == stage.folder:
+            raise KeyboardInterrupt
+        delete(uri)
+
+    monkeypatch.setattr(storage, "delete", killed_in_the_folder)
+    with pytest.raises(KeyboardInterrupt):
+        Stage("filter", stage.folder, {"min_words": 7}, {"extract": "abc"}).begin()
+    assert stage.finished() is None
+
+
+def test_parts_are_read_in_the_batches_that_they_were_written_in(tmp_path):
+    uri = str(tmp_path / "part.parquet")
+    rows = [{"id": str(i), "text": "x"} for i in range(10)]
+    with storage.parquet_writer(uri, SCHEMA) as writer:
+        for batch in (rows[:3], rows[3:]):
+            writer.write_table(to_table(batch))
+    assert [table.num_rows for table in read_part(uri, 5)] == [3, 5, 2]
+    assert [i for table in read_part(uri, columns=["id"]) for i in table["id"].to_pylist()] == [
+        str(i) for i in range(10)
+    ]
 
 
 def test_a_sample_of_the_set_aside_rows_keeps_all_counts(tmp_path):
