@@ -10,7 +10,7 @@ from typing import Any
 from jobs import cli, evaluate, export, generate, pretrain, report, session, tokenize, tokenizer
 from jobs.demo_corpus import make_corpus
 from jobs.run_folder import StoredRun, valid_steps
-from jobs.settings import DemoJob, EvaluateJob, ExportJob, Faults, GenerateJob, OfRun, PretrainJob, checked
+from jobs.settings import DemoJob, EvaluateJob, ExportJob, Faults, GenerateJob, OfRun, PretrainJob, checked, require
 from jobs.trained import load
 from pipelines import storage
 from pipelines.curate import STAGES, curate
@@ -24,6 +24,8 @@ PROMPTS = ("The ", "def ", "This module ")
 
 def run(settings: DemoJob) -> None:
     """Make the text, curate it, train tokenizer and model on it, score the model, and tell how it went."""
+    # Its text is linked to and rendered from this machine's Python.
+    require(not storage.is_remote(settings.workspace), "workspace", settings.workspace, "a folder of this machine")
     workspace = storage.absolute(settings.workspace)
     here = ["--config", RECIPE, "--workspace", workspace]
     training = training_settings(settings, here)

@@ -267,8 +267,12 @@ def _sweeps(workspace: str) -> str:
     folder = storage.join(workspace, "sweeps")
     if not storage.exists(folder):
         return ""
+    try:
+        files = storage.list_files(storage.join(folder, "*", "results.json"))
+    except FileNotFoundError:  # no sweep has ended yet
+        return ""
     out = []
-    for file in storage.list_files(storage.join(folder, "*", "results.json")):
+    for file in files:
         result = storage.read_json(file.uri)
         trials = result["trials"]
         header = list(dict.fromkeys(key for trial in trials for key in trial))

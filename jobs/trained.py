@@ -67,7 +67,10 @@ def load(settings: OfRun, device: str | None = None) -> Trained:
             "it was trained anew since"
         )
     model = Transformer(config, seed=None)
-    load_weights(folder, entry.folder, model)
+    try:
+        load_weights(folder, entry.folder, model)
+    except ValueError as error:
+        raise SettingsError(f"step is {entry.step}; {error}") from None
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Trained(parallelize(model, 1, where).eval(), tokenizer, entry.step, where)
 

@@ -139,8 +139,7 @@ def load(run: RunFolder, folder: str, model: nn.Module, optimizer: torch.optim.O
     receipt = run.read_json(f"{folder}/{RECEIPT}")
     if receipt is None:
         return None
-    found = _gather({name: value for name, value in run.checksums(folder, rank, world).items() if name != RECEIPT})
-    if found != receipt["files"]:
+    if _gather(_files(run, folder, rank, world)) != receipt["files"]:
         return None
     state = _states(model, optimizer)
     with _alone():
@@ -154,13 +153,22 @@ def load_weights(run: RunFolder, folder: str, model: nn.Module) -> None:
 
     Raises:
         FileNotFoundError: the folder is not a finished checkpoint.
+        ValueError: it was changed since it was written.
     """
-    if run.read_json(f"{folder}/{RECEIPT}") is None:
+    receipt = run.read_json(f"{folder}/{RECEIPT}")
+    if receipt is None:
         raise FileNotFoundError(f"{run.uri(folder)}: not a finished checkpoint (it has no {RECEIPT})")
+    if _files(run, folder, 0, 1) != receipt["files"]:
+        raise ValueError(f"{run.uri(folder)}: its files are not those that were written; take another checkpoint")
     weights = model.state_dict()
     with _alone():
         dcp.load({"model": weights}, checkpoint_id=run.uri(folder), no_dist=True)
     model.load_state_dict(weights)
+
+
+def _files(run: RunFolder, folder: str, part: int, of: int) -> dict[str, list]:
+    """Size and hash of a share of a checkpoint's files, all but the receipt that lists them."""
+    return {name: value for name, value in run.checksums(folder, part, of).items() if name != RECEIPT}
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

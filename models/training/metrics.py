@@ -14,9 +14,11 @@ from models.training.state import RunFolder
 PEAK_FLOPS = {
     "H200": 989.5e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989.5e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "V100": 125e12,

@@ -167,6 +167,7 @@ def test_only_a_run_that_is_there_is_drawn_and_a_new_one_can_be(tmp_path):
         report.build_report(str(tmp_path), "x")
     (tmp_path / "runs/x").mkdir(parents=True)
     (tmp_path / "runs/x/run.json").write_text('{"name": "x"}')
+    (tmp_path / "sweeps/lr/trials").mkdir(parents=True)  # a sweep that has not ended
     page = parse(Path(report.build_report(str(tmp_path), "x")).read_text())
     assert "x unfinished" in " ".join(" ".join(page.text).split())
 

@@ -1,5 +1,6 @@
 """Evaluate, generate and export, on a run that was put into a workspace by hand; transformers is the judge."""
 
+import glob
 import json
 import math
 from dataclasses import asdict
@@ -87,6 +88,20 @@ def test_unknown_runs_and_steps_are_refused_by_name(workspace, tmp_path):
         load(OfRun(workspace=workspace, name="other"))
     with pytest.raises(SettingsError, match="step is 15; the checkpoints of run base are of steps 10, 20, 30"):
         load(OfRun(workspace=workspace, step=15))
+
+
+def test_weights_that_changed_on_storage_are_refused(workspace):
+    (shard,) = glob.glob(f"{workspace}/runs/base/checkpoints/*10/*.distcp")
+    with open(shard, "rb") as file:
+        data = file.read()
+    damaged = bytearray(data)
+    damaged[len(data) // 2] ^= 1
+    try:
+        storage.write_bytes(shard, bytes(damaged))
+        with pytest.raises(SettingsError, match=r"step is 10; .*its files are not those that were written"):
+            load(OfRun(workspace=workspace, step=10))
+    finally:
+        storage.write_bytes(shard, data)
 
 
 def test_export_has_equal_logits_and_tokens_in_transformers(workspace, exported):
