@@ -12,6 +12,7 @@ from jobs.multiple_choice import answer, prompt_tokens, read_folder
 from jobs.settings import EvaluateJob, SettingsError, require
 from jobs.trained import Trained, load
 from pipelines import storage
+from pipelines.stage import require_manifest
 
 log = logging.getLogger("ingot")
 
@@ -61,7 +62,8 @@ def validation(trained: Trained, workspace: str, samples: int, batch: int) -> di
     The sequences are those that pretraining validates on, when ``samples`` is its ``validation_samples``.
 
     Raises:
-        SettingsError: the token shards' vocabulary is larger than the model's.
+        SettingsError: the token shards were made with another tokenizer than the workspace's, or with more tokens than
+            the model knows.
     """
     import torch
 
@@ -70,6 +72,14 @@ def validation(trained: Trained, workspace: str, samples: int, batch: int) -> di
 
     config = trained.model.config
     shards = TokenShards(storage.join(workspace, "tokens/validation"))
+    if (
+        shards.manifest["tokenizer"]
+        != require_manifest(storage.join(workspace, "tokenizer"), "tokenizer")["fingerprint"]
+    ):
+        raise SettingsError(
+            f"{shards.folder}: was made with another tokenizer than the one in {workspace}/tokenizer; "
+            "run `ingot tokenize` again"
+        )
     if shards.manifest["vocab_size"] > config.vocab_size:
         raise SettingsError(
             f"{shards.folder}: has a vocabulary of {shards.manifest['vocab_size']}, but the model one of "

@@ -39,7 +39,7 @@ def make_workspace(folder, *, letters_are_tokens):
     tokens = np.array(([*tokenizer.encode(TEXT * 30), tokenizer.eot_id]) * 2, np.uint16)
     write_shard(f"{workspace}/tokens/validation/shard-00000.parquet", tokens, BLOCK, tokenizer.pad_id)
     shape = {"tokens": len(tokens), "block": BLOCK, "shard_tokens": 32 * BLOCK * 1000, "dtype": "uint16"}
-    manifest = {**shape, "vocab_size": tokenizer.vocab_size, "fingerprint": "of the tokens"}
+    manifest = {**shape, "vocab_size": tokenizer.vocab_size, "fingerprint": "of the tokens", "tokenizer": "t"}
     for split in ("train", "validation"):
         storage.write_json(f"{workspace}/tokens/{split}/manifest.json", manifest)
     config = ModelConfig(
@@ -159,6 +159,17 @@ def test_validation_loss_is_transformers_loss_on_the_same_sequences(workspace, e
     bits = np.mean(losses) * len(targets) / math.log(2) / size
     assert results["validation_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert json.loads(storage.read_bytes(f"{workspace}/evals/base/results.json")) == results
+
+
+def test_shards_of_another_tokenizer_are_not_scored(workspace):
+    manifest = f"{workspace}/tokens/validation/manifest.json"
+    kept = storage.read_json(manifest)
+    try:
+        storage.write_json(manifest, kept | {"tokenizer": "u"})
+        with pytest.raises(SettingsError, match=r"tokens/validation: was made with another tokenizer"):
+            evaluate.run(EvaluateJob(workspace=workspace))
+    finally:
+        storage.write_json(manifest, kept)
 
 
 def write_mmlu(folder, subjects=("high_school_rivers", "old_houses"), questions=5):
