@@ -210,13 +210,20 @@ def _connect(address: str, headers: dict[str, str]) -> Any:
     import requests
     from ray.job_submission import JobSubmissionClient
 
-    try:
-        answer = requests.get(f"{address}/api/version", headers=headers, timeout=REACH_SECONDS, allow_redirects=False)
-    except requests.exceptions.RequestException as error:
-        raise SettingsError(
-            f"{address}: no Ray dashboard answers ({type(error).__name__}); start a cluster with `ray start --head`, "
-            "or bring a remote one's dashboard here with `ray dashboard cluster/….yaml`"
-        ) from None
+    deadline = time.monotonic() + REACH_SECONDS
+    answer = None
+    while answer is None:  # `ray start` returns some seconds before the dashboard answers
+        try:
+            answer = requests.get(
+                f"{address}/api/version", headers=headers, timeout=REACH_SECONDS, allow_redirects=False
+            )
+        except requests.exceptions.RequestException as error:
+            if time.monotonic() > deadline:
+                raise SettingsError(
+                    f"{address}: no Ray dashboard answers ({type(error).__name__}); start a cluster with "
+                    "`ray start --head`, or bring a remote one's dashboard here with `ray dashboard cluster/….yaml`"
+                ) from None
+            time.sleep(1)
     if answer.status_code in (401, 403):
         sent = "refuses the token that was sent" if headers else "asks for a token and none was found"
         raise SettingsError(
