@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("ingot").setLevel(logging.INFO)
     from jobs.settings import SettingsError, checked
+    from models.training.state import TrainingStoppedError
+    from pipelines.documents import InputError
 
     try:
         if chosen.job == "submit":
@@ -60,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (SettingsError, FileNotFoundError) as error:
         print(f"ingot {chosen.job}: {error}", file=sys.stderr)
         return 2
+    except (InputError, TrainingStoppedError) as error:
+        print(f"ingot {chosen.job}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"ingot {chosen.job}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
@@ -83,7 +88,12 @@ def parse(job: str, arguments: list[str]) -> Any:
     jsonargparse.set_loader("recipe", recipe, exceptions=(yaml.YAMLError,))
     kind = getattr(settings, JOBS[job][0])
     os.environ.setdefault("COLUMNS", "120")
-    parser = jsonargparse.ArgumentParser(prog=f"ingot {job}", description=kind.__doc__, parser_mode="recipe")
+    parser = jsonargparse.ArgumentParser(
+        prog=f"ingot {job}",
+        description=kind.__doc__,
+        parser_mode="recipe",
+        usage=f"ingot {job} [--config RECIPE] [--SETTING VALUE ...]",
+    )
     parser.add_argument("--config", action="config", help="recipe: a YAML file with this job's settings, or sections")
     parser.add_class_arguments(kind, as_group=False)
     values = dict(vars(parser.instantiate(parser.parse_args(_spelled_out(arguments, kind)))))

@@ -28,6 +28,7 @@ import sysconfig
 import uuid
 from collections.abc import Iterator
 
+from pipelines.documents import InputError
 from pipelines.sources import Source
 
 VERSION = 1
@@ -71,7 +72,7 @@ def make_corpus(folder: str, seed: int = 0) -> list[Source]:
             if json.load(file) == made_from:
                 return _sources(folder)
     elif os.path.isdir(folder) and os.listdir(folder):
-        raise ValueError(f"{folder}: holds files that the demo did not make; give the demo a folder of its own")
+        raise InputError(f"{folder}: holds files that the demo did not make; give the demo a folder of its own")
 
     unfinished = f"{os.path.dirname(folder)}/.{os.path.basename(folder)}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from jobs.multiple_choice import answer, prompt_tokens, read_folder
-from jobs.settings import EvaluateJob, SettingsError, require
+from jobs.settings import EvaluateJob, SettingsError
 from jobs.trained import Trained, load
 from pipelines import storage
 from pipelines.stage import require_manifest
@@ -24,7 +24,6 @@ def run(settings: EvaluateJob) -> dict[str, Any]:
         SettingsError: a setting is out of range, or there is no such run.
         FileNotFoundError: the validation split or MMLU's files are not there.
     """
-    _check(settings)
     workspace = storage.absolute(settings.workspace)
     folder = storage.join(workspace, "evals", settings.name)
     mmlu = None
@@ -47,13 +46,6 @@ def run(settings: EvaluateJob) -> dict[str, Any]:
     storage.write_json(storage.join(folder, "results.json"), results)
     log.info("evaluate: results are in %s", folder)
     return results
-
-
-def _check(settings: EvaluateJob) -> None:
-    require(settings.few_shot >= 0, "few_shot", settings.few_shot, "at least 0")
-    require(settings.limit is None or settings.limit >= 1, "limit", settings.limit, "at least 1, or null for all")
-    require(settings.validation_samples >= 1, "validation_samples", settings.validation_samples, "at least 1")
-    require(settings.batch >= 1, "batch", settings.batch, "at least 1")
 
 
 def validation(trained: Trained, workspace: str, samples: int, batch: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ import codecs
 import sys
 from collections.abc import Iterator
 
-from jobs.settings import GenerateJob, SettingsError, require
+from jobs.settings import GenerateJob, SettingsError
 from jobs.trained import Trained, load
 
 
@@ -16,7 +16,6 @@ def run(settings: GenerateJob) -> None:
     Raises:
         SettingsError: a setting is out of range, or there is no such run.
     """
-    check(settings)
     trained = load(settings)
     pieces = text(trained, settings)
     sys.stdout.write(settings.prompt)
@@ -24,17 +23,6 @@ def run(settings: GenerateJob) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
-
-
-def check(settings: GenerateJob) -> None:
-    """Refuse what cannot work before a model is loaded.
-
-    Raises:
-        SettingsError: with the setting's name, its value and what is allowed.
-    """
-    require(settings.max_new_tokens >= 1, "max_new_tokens", settings.max_new_tokens, "at least 1")
-    require(settings.temperature >= 0, "temperature", settings.temperature, "at least 0")
-    require(0 < settings.top_p <= 1, "top_p", settings.top_p, "above 0 and at most 1")
 
 
 def text(trained: Trained, settings: GenerateJob) -> Iterator[str]:

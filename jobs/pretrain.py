@@ -143,8 +143,8 @@ def check_fits(settings: PretrainJob) -> tuple[dict[str, Any], ModelConfig]:
     """Manifest of the workspace's training tokens, and the model's shape for them.
 
     Raises:
-        SettingsError: the vocabulary is too small, or a sequence longer than a split.
-        FileNotFoundError: the token shards are not there.
+        SettingsError: the vocabulary is too small, a sequence longer than a split, or the tokenizer another one.
+        FileNotFoundError: the token shards or the tokenizer are not there.
     """
     manifests = {}
     for split in ("train", "validation"):
@@ -155,6 +155,12 @@ def check_fits(settings: PretrainJob) -> tuple[dict[str, Any], ModelConfig]:
         except ValueError as error:
             raise SettingsError(f"sequence_length is {settings.length()}; {error}") from None
     train = manifests["train"]
+    tokenizer = storage.join(settings.workspace, "tokenizer")
+    if require_manifest(tokenizer, "tokenizer")["fingerprint"] != train["tokenizer"]:
+        raise SettingsError(
+            f"{settings.workspace}/tokens/train: made with another tokenizer than the one in {tokenizer} now; "
+            "run `ingot tokenize` again"
+        )
     return train, settings.model.config(train["vocab_size"], settings.length())
 
 
@@ -317,6 +323,7 @@ def _worker(given: dict[str, Any]) -> None:
         flops_per_token=config.flops_per_token(length),
         tensorboard=folder.uri("tensorboard") if storage.local_path(folder.folder) else None,
         before_step=lambda step: _kill_once(folder, settings.faults.kill_worker_at_step, step, rank, world),
+        documents=lambda data_steps: reader("train").documents(data_steps, most=50),
         resume_cause=_resume_cause(folder, given["attempt"]),
     )
     try:

@@ -44,7 +44,7 @@ class Progress(threading.Thread):
             return
         for event in events[self.events_seen :]:
             if event["event"] not in ("start", "checkpoint"):
-                facts = {k: v for k, v in event.items() if k not in ("time", "event")}
+                facts = {k: v for k, v in event.items() if k not in ("time", "event", "documents")}
                 log.info("pretrain: %s %s", event["event"], json.dumps(facts))
         self.events_seen = len(events)
         if all(row.get("loss") is None for row in rows) or rows[-1]["step"] == self.last_step:

@@ -162,7 +162,10 @@ def _event_rows(events: list[dict[str, Any]], all_of_them: bool) -> tuple[list[s
     rows = []
     for event in events:
         if all_of_them or event["event"] not in ("checkpoint", "outlier"):
-            told = {k: v for k, v in event.items() if k not in ("time", "event", "step")}
+            told = {k: v for k, v in event.items() if k not in ("time", "event", "step", "documents")}
+            if documents := event.get("documents"):
+                first = ", ".join(row["url"] or f"{row['source']} {row['id']}" for row in documents[:3])
+                told["documents"] = f"{len(documents)} in the batches that stood out, such as {first}"
             facts = ", ".join(f"{k.replace('_', ' ')} {_value(v)}" for k, v in told.items() if v is not None)
             rows.append([_duration(event["time"] - began), event["event"], _value(event.get("step", "")), facts])
     return ["after", "event", "step", ""], rows

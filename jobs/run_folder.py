@@ -72,8 +72,14 @@ class StoredRun:
 
 
 def valid_steps(rows: list[dict[str, Any]], key: str = "loss") -> dict[int, dict[str, Any]]:
-    """The rows that have ``key``, by step; of steps done more than once the last, since the others were undone."""
-    return dict(sorted({row["step"]: row for row in rows if row.get(key) is not None}.items()))
+    """The rows that have ``key``, by step, without those that a rollback or a resume has undone."""
+    valid: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        if "undone_after" in row:
+            valid = {step: kept for step, kept in valid.items() if step <= row["undone_after"]}
+        elif row.get(key) is not None:
+            valid[row["step"]] = row
+    return dict(sorted(valid.items()))
 
 
 def _lines(uri: str) -> list[dict[str, Any]]:

@@ -190,6 +190,12 @@ class PretrainJob(InWorkspace):
             self.microbatch,
             f"a divisor of a worker's share of the global batch, {share}",
         )
+        require(
+            self.schedule.warmup_steps <= self.steps,
+            "schedule.warmup_steps",
+            self.schedule.warmup_steps,
+            f"at most steps, {self.steps}",
+        )
         longest = PRESETS[self.model.preset].max_seq_len
         require(
             self.sequence_length is None or self.sequence_length >= 2,
@@ -300,6 +306,13 @@ class EvaluateJob(OfRun):
     batch: int = 16
     """Sequences that are scored at a time."""
 
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is loaded."""
+        require(self.few_shot >= 0, "few_shot", self.few_shot, "at least 0")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or null for all")
+        require(self.validation_samples >= 1, "validation_samples", self.validation_samples, "at least 1")
+        require(self.batch >= 1, "batch", self.batch, "at least 1")
+
 
 @dataclass
 class GenerateJob(OfRun):
@@ -315,6 +328,12 @@ class GenerateJob(OfRun):
     """Draw from the likeliest tokens that together have this probability."""
     seed: int = 0
     """Of the draws."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is loaded."""
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
 
 
 @dataclass
@@ -388,8 +407,12 @@ def _of_type(hint: Any, name: str, value: Any) -> Any:
     return value
 
 
-def checked(settings: Any) -> None:
+def checked(settings: Any, path: str = "") -> None:
     """Call ``validate`` of a settings dataclass and of all inside it, so that nothing starts with bad settings.
+
+    Args:
+        settings: the dataclass.
+        path: its dotted name within the job's settings.
 
     Raises:
         SettingsError: with the setting's name, its value and what is allowed.
@@ -398,11 +421,13 @@ def checked(settings: Any) -> None:
         value = getattr(settings, inner.name)
         for item in value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]:
             if dataclasses.is_dataclass(item):
-                checked(item)
+                checked(item, f"{path}.{inner.name}".strip("."))
     try:
         if hasattr(settings, "validate"):
             settings.validate()
-    except SettingsError:
-        raise
     except ValueError as error:
-        raise SettingsError(str(error)) from None
+        group = path.rpartition(".")[2]
+        # Groups that are only ever used under one name say it themselves.
+        named = not path or str(error).startswith(f"{group}.")
+        prefix = path.removesuffix(group) if named else f"{path}."
+        raise SettingsError(f"{prefix}{error}") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -94,6 +95,17 @@ class Batches:
         share = self.global_batch // world_size
         mine = self.sample_indices(data_step)[rank * share : (rank + 1) * share]
         return np.stack([self._sample(int(i)) for i in mine])
+
+    def documents(self, data_steps: range, most: int) -> list[dict[str, Any]]:
+        """The documents that the batches of ``data_steps`` hold parts of: id, source and url of at most ``most``."""
+        found: dict[str, dict[str, Any]] = {}
+        for step in data_steps:
+            for index in self.sample_indices(step):
+                for row in self.shards.documents(int(index) * self.sequence_length, self.sequence_length + 1):
+                    found.setdefault(row["id"], {name: row[name] for name in ("id", "source", "url")})
+                    if len(found) >= most:
+                        return list(found.values())
+        return list(found.values())
 
     def in_order(
         self, n_samples: int, rank: int, world_size: int, rows: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +20,17 @@ from pipelines.filters import Verdict
 from pipelines.filters.gopher import GopherQuality, GopherRepetition
 from pipelines.language import LanguageFilter, identify
 from pipelines.sources import Source
-from pipelines.stage import Output, Stage, Unit, part_uris, read_part, require_manifest, run_stage, text_bytes
+from pipelines.stage import (
+    Output,
+    Stage,
+    Unit,
+    part_uris,
+    read_manifest,
+    read_part,
+    require_manifest,
+    run_stage,
+    text_bytes,
+)
 from pipelines.words import analyse
 
 log = logging.getLogger("ingot")
@@ -39,7 +50,7 @@ class CurationSettings:
     language: LanguageFilter = field(default_factory=LanguageFilter)
     """Languages to keep; code is not asked."""
     gopher_quality: GopherQuality = field(default_factory=GopherQuality)
-    """Rules of quality for prose (Rae et al. 2021); code is not asked."""
+    """Rules of quality for prose (Rae et al. 2021); code is not asked, and books may have any number of words."""
     gopher_repetition: GopherRepetition = field(default_factory=GopherRepetition)
     """Rules against repetition for prose (Rae et al. 2021); code is not asked."""
     exact: exact.ExactDedup = field(default_factory=exact.ExactDedup)
@@ -63,10 +74,20 @@ def final_corpus(corpus: str) -> tuple[str, dict[str, Any]]:
     """Folder and manifest of the last stage, which the tokenizer and the token shards are made from.
 
     Raises:
-        FileNotFoundError: curation has not finished.
+        FileNotFoundError: curation has not finished, or was started anew and did not get to its end.
     """
     folder = storage.join(corpus, STAGES[-1])
-    return folder, require_manifest(folder, "curate")
+    last = require_manifest(folder, "curate")
+    after = last
+    for name in reversed(STAGES[:-1]):
+        before = read_manifest(storage.join(corpus, name))
+        if before is None or after["inputs"].get(name) != before["fingerprint"]:
+            raise FileNotFoundError(
+                f"{corpus}: stage {after['stage']} was made from an older or unfinished {name}; "
+                "run `ingot curate` again"
+            )
+        after = before
+    return folder, last
 
 
 def curate(corpus: str, settings: CurationSettings) -> dict[str, dict[str, Any]]:
@@ -92,7 +113,7 @@ def curate(corpus: str, settings: CurationSettings) -> dict[str, dict[str, Any]]
         corpus,
         manifests["extract"],
         _filter,
-        lambda part: {**rules, "prose": part["kind"] != "code"},
+        lambda part: {**rules_for(part["kind"], **rules), "prose": part["kind"] != "code"},
         share,
     )
     for name, before, dedup in (("exact", "filter", settings.exact), ("near", "exact", settings.near)):
@@ -109,6 +130,13 @@ def curate(corpus: str, settings: CurationSettings) -> dict[str, dict[str, Any]]
         )
         storage.delete(storage.join(stage.folder, "_duplicates"))
     return manifests
+
+
+def rules_for(kind: str, gopher_quality: GopherQuality, **rules: Any) -> dict[str, Any]:
+    """The filter stage's rules for a kind of source: a book is a whole work, so its length has no upper bound."""
+    if kind == "books":
+        gopher_quality = replace(gopher_quality, max_words=sys.maxsize)
+    return {**rules, "gopher_quality": gopher_quality}
 
 
 def _next_stage(corpus: str, name: str, before: str, manifest: dict[str, Any], settings: dict[str, Any]) -> Stage:

@@ -34,6 +34,10 @@ SET_ASIDE_SCHEMA = pa.schema(
 )
 
 
+class InputError(ValueError):
+    """Files or a corpus that a job cannot go on with; the message names them and says what to do."""
+
+
 class BadRecord(NamedTuple):
     """A record that could not become a document.
 

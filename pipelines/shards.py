@@ -9,13 +9,14 @@ where.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
+from pipelines.documents import InputError
 from pipelines.stage import require_manifest
 
 ROW_GROUP_BLOCKS = 32  # what one read brings in: 256 KiB at the default block of 4096 uint16 tokens
@@ -79,6 +80,7 @@ class TokenShards:
         self._files: dict[int, Any] = {}
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._cached_groups = cached_groups
+        self._side: tuple[int, Any, Any] = (-1, None, None)
 
     def read(self, start: int, length: int) -> np.ndarray:
         """The tokens ``[start, start + length)`` of the split, (length,) in the shards' dtype.
@@ -115,31 +117,37 @@ class TokenShards:
         if shard not in self._files:
             uri = storage.join(self.folder, shard_name(shard))
             if not storage.exists(uri):
-                raise ValueError(
+                raise InputError(
                     f"{uri}: the manifest lists this shard, but it is not there; run `ingot tokenize` again"
                 )
             file = storage.open_parquet(uri)
             tokens = min(self.shard_tokens, self.n_tokens - shard * self.shard_tokens)
             if file.metadata.num_rows != -(-tokens // self.block):
-                raise ValueError(
+                raise InputError(
                     f"{uri}: has {file.metadata.num_rows} rows where the manifest says {-(-tokens // self.block)}; "
                     "delete the folder and run `ingot tokenize` again"
                 )
             self._files[shard] = file
         return self._files[shard]
 
-    def documents(self, start: int, length: int) -> Iterator[dict[str, Any]]:
-        """The documents that have tokens in ``[start, start + length)``, as rows of DOCUMENTS_SCHEMA."""
-        for shard in range(start // self.shard_tokens, -1, -1):
-            # The document that covers ``start`` may have begun in an earlier shard.
-            rows = self._documents(shard)
-            if rows and rows[0]["start"] <= start:
+    def documents(self, start: int, length: int) -> list[dict[str, Any]]:
+        """The documents that have tokens in ``[start, start + length)``, in order, as rows of DOCUMENTS_SCHEMA."""
+        end = start + length
+        found: list[dict[str, Any]] = []
+        for shard in range((end - 1) // self.shard_tokens, -1, -1):
+            table, starts = self._documents(shard)
+            # From the last document that begins at or before ``start``, which may lie in an earlier shard.
+            first = max(int(np.searchsorted(starts, start, "right")) - 1, 0)
+            last = int(np.searchsorted(starts, end, "left"))
+            rows = table.slice(first, last - first).to_pylist()
+            found = [row for row in rows if row["start"] + row["length"] > start] + found
+            if len(starts) and starts[0] <= start:
                 break
-        last = (start + length - 1) // self.shard_tokens
-        for index in range(max(shard, 0), last + 1):
-            for row in self._documents(index):
-                if row["start"] < start + length and row["start"] + row["length"] > start:
-                    yield row
+        return found
 
-    def _documents(self, shard: int) -> list[dict[str, Any]]:
-        return storage.open_parquet(storage.join(self.folder, "documents", shard_name(shard))).read().to_pylist()
+    def _documents(self, shard: int) -> tuple[pa.Table, np.ndarray]:
+        """A shard's side table and the offsets where its documents begin; the last one read is kept."""
+        if self._side[0] != shard:
+            table = storage.open_parquet(storage.join(self.folder, "documents", shard_name(shard))).read()
+            self._side = shard, table, table["start"].to_numpy()
+        return self._side[1:]

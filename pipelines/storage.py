@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from pipelines.documents import InputError
+
 
 class FileInfo(NamedTuple):
     """A file's URI, its size in bytes, and when it was last changed (Unix seconds, 0 when unknown)."""
@@ -193,7 +195,7 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except ValueError as error:
-        raise ValueError(f"{uri}: not a JSON file ({error}); delete it and run the step that writes it again") from None
+        raise InputError(f"{uri}: not a JSON file ({error}); delete it and run the step that writes it again") from None
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -237,7 +239,7 @@ def open_parquet(uri: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True) if path is not None else pq.ParquetFile(open_input(uri))
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{uri}: not a readable Parquet file ({error})") from None
+        raise InputError(f"{uri}: not a readable Parquet file ({error})") from None
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import pyarrow as pa
 import xxhash
 
 from pipelines import storage
+from pipelines.documents import InputError
 from pipelines.shards import DOCUMENTS_SCHEMA, shard_name, token_dtype, write_shard
 from pipelines.stage import Output, Progress, Stage, Unit, for_each, part_uris, read_part, run_stage
 from pipelines.tokenizer import Tokenizer
@@ -93,7 +94,7 @@ def tokenize(
     )
     for split in SPLITS:
         if not sum(part.get(f"{split}_tokens", 0) for part in encoded["parts"]):
-            raise ValueError(
+            raise InputError(
                 f"{corpus}: no document of {corpus_manifest['documents_out']:,} fell into the {split} split at "
                 f"tokenize.validation_share {settings.validation_share}; choose another share or add documents"
             )

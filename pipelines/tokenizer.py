@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipelines import storage
+from pipelines.documents import InputError
 from pipelines.stage import Stage, part_uris, read_part
 
 log = logging.getLogger("ingot")
@@ -82,10 +83,10 @@ class Tokenizer:
         try:
             backend = Backend.from_str(storage.read_bytes(path).decode())
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path}: not a tokenizer file ({error})") from None
+            raise InputError(f"{path}: not a tokenizer file ({error})") from None
         missing = [token for token in (END_OF_TEXT, PAD) if backend.token_to_id(token) is None]
         if missing:
-            raise ValueError(f"{path}: lacks the special tokens {', '.join(missing)}")
+            raise InputError(f"{path}: lacks the special tokens {', '.join(missing)}")
         return cls(backend)
 
     @property
@@ -186,7 +187,7 @@ def train(folder: str, corpus: str, corpus_manifest: dict[str, Any], settings: T
         log.info("tokenizer: up to date, nothing to do")
         return manifest
     if not corpus_manifest["documents_out"]:
-        raise ValueError(f"{corpus}: holds no document; look at its set-aside folder for the reasons")
+        raise InputError(f"{corpus}: holds no document; look at its set-aside folder for the reasons")
     import ray
 
     parts = list(zip(part_uris(corpus, corpus_manifest), [p["bytes"] for p in corpus_manifest["parts"]], strict=True))

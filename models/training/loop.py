@@ -25,7 +25,7 @@ from models.training import checkpoints
 from models.training.checkpoints import Entry, Ledger
 from models.training.metrics import MetricsWriter, peak_flops
 from models.training.spikes import SpikeConfig, SpikeDetector, Verdict
-from models.training.state import RunFolder, TrainState
+from models.training.state import RunFolder, TrainingStoppedError, TrainState
 
 log = logging.getLogger("ingot")
 
@@ -47,10 +47,6 @@ class LoopConfig:
     spikes: SpikeConfig
 
 
-class TrainingStoppedError(RuntimeError):
-    """The run went back too often; the message says what it saw."""
-
-
 class Training:
     """One run: the parts handed in, and the state that checkpoints carry.
 
@@ -68,6 +64,7 @@ class Training:
         flops_per_token: of forward and backward pass, for the model FLOPs utilization.
         tensorboard: folder for TensorBoard's files, or None.
         before_step: called with the step about to be taken.
+        documents: names the documents of data steps, for the events; called by rank 0 alone.
         resume_cause: what to call a resume in the events.
     """
 
@@ -86,12 +83,13 @@ class Training:
         flops_per_token: float,
         tensorboard: str | None = None,
         before_step: Callable[[int], None] | None = None,
+        documents: Callable[[range], list[dict[str, Any]]] | None = None,
         resume_cause: str = "driver_restart",
     ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.batches, self.validation, self.byte_lengths = batches, validation, byte_lengths.to(device)
         self.run, self.report, self.device = run, report, device
-        self.before_step, self.resume_cause = before_step, resume_cause
+        self.before_step, self.resume_cause, self.documents = before_step, resume_cause, documents
         self.rank, self.world = checkpoints.rank_and_world()
         self.state, self.detector, self.ledger = TrainState(), SpikeDetector(config.spikes), Ledger()
         peak = peak_flops(device)
@@ -222,9 +220,14 @@ class Training:
     def _start(self) -> TrainState:
         """Resume from the newest usable checkpoint; a new run validates and saves its untrained weights first."""
         self.ledger = Ledger.from_dict(self._read_ledger())
+        if self.rank == 0:
+            for entry in self.ledger.entries:
+                if entry.deleted:  # a kill between the ledger and the deletion may have left it
+                    self.run.delete(entry.folder)
         for entry in list(self.ledger.usable()):
             if self._load(entry):
                 self._event("resume", cause=self.resume_cause, from_step=entry.step, world_size=self.world)
+                self._undo_metrics()
                 return self.state
             entry.status = "corrupt"
             self._event("corrupt_checkpoint", checkpoint_step=entry.step, folder=entry.folder)
@@ -315,9 +318,20 @@ class Training:
             checkpoint_status=entry.status,
             skipped=skip,
             reason=verdict.reason,
+            documents=self._documents(range(first, data_step + 1)),
         )
+        self._undo_metrics()
         log.warning("step %d: %s; back to step %d, data steps %s skipped", step, verdict.reason, entry.step, skip)
         self._report(entry.folder)
+
+    def _documents(self, data_steps: range) -> list[dict[str, Any]]:
+        """What the outliers were trained on, as far as it is known."""
+        return self.documents(data_steps) if self.documents is not None and self.rank == 0 else []
+
+    def _undo_metrics(self) -> None:
+        """Tell readers of the metrics that the rows so far count only up to the step the run has gone back to."""
+        if self.metrics is not None:
+            self.metrics.write({"step": self.state.step, "undone_after": self.state.step})
 
     def _stop(self, diagnosis: str) -> None:
         self._event("stop", diagnosis=diagnosis)

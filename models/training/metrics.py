@@ -38,7 +38,8 @@ def peak_flops(device: torch.device) -> float | None:
 class MetricsWriter:
     """Writes a run's metrics from rank 0: ``metrics/*.jsonl``, one object a line, and TensorBoard.
 
-    A step that was undone by a rollback or a crash stays in the files; readers take the row with the latest time.
+    A step that was undone by a rollback or a crash stays in the files; a row with ``undone_after`` says that the rows
+    before it count only up to that step.
     """
 
     def __init__(self, run: RunFolder, tensorboard: str | None, every: float = 2.0) -> None:
@@ -61,7 +62,7 @@ class MetricsWriter:
         self.rows.append(json.dumps({**row, "time": time.time()}))
         if self.board is not None:
             for name, value in row.items():
-                if name != "step" and value is not None:
+                if name not in ("step", "undone_after") and value is not None:
                     self.board.add_scalar(name, value, row["step"])
         if time.monotonic() - self.flushed > self.every or len(self.rows) >= _SEGMENT:
             self.flush()

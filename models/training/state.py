@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 
+class TrainingStoppedError(RuntimeError):
+    """The run went back too often; the message says what it saw."""
+
+
 class RunFolder(Protocol):
     """Where a run keeps its files: a local folder or an object store, handed in by whoever starts the loop."""
 

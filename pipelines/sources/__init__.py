@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipelines import storage
-from pipelines.documents import BadRecord
+from pipelines.documents import BadRecord, InputError
 
 Record = dict[str, Any]
 """A document: the keys of documents.SCHEMA that are known (metadata as a dict) and ``offset``, where the record starts
@@ -106,7 +106,7 @@ def discover(sources: list[Source]) -> list[Unit]:
         for file in files:
             key = source.label, source.relative(file.uri)
             if key in taken:
-                raise ValueError(
+                raise InputError(
                     f"sources: {taken[key]} and {file.uri} would give their documents the same ids under the name "
                     f"{source.label}; give each source a name of its own, or one path that holds both"
                 )

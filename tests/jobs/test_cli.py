@@ -162,7 +162,7 @@ def test_an_unknown_option_or_a_wrong_type_ends_with_status_2_and_names_it(argum
     [
         (["pretrain", "--steps", "0"], "ingot pretrain: steps is 0; it has to be at least 1"),
         (["pretrain", "--spikes.patience", "0"], "ingot pretrain: spikes.patience is 0; it has to be at least 1"),
-        (["tune", "--pretrain.optimizer.lr", "-1"], "ingot tune: optimizer.lr is -1.0, but must be above 0"),
+        (["tune", "--pretrain.optimizer.lr", "-1"], "ingot tune: pretrain.optimizer.lr is -1.0, but must be above 0"),
         (["tune", "--space", "{optimizer.speed: {values: [1]}}"], "ingot tune: space is 'optimizer.speed'"),
         (["curate"], "ingot curate: sources is empty"),
         (["tokenizer", "--vocab_size", "10"], "ingot tokenizer: tokenizer.vocab_size is 10; it has to be at least"),

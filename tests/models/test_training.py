@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from jobs.run_folder import valid_steps
 from models.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from models.optimizer import build_optimizer
 from models.training.checkpoints import Entry, Ledger
@@ -70,7 +71,7 @@ class Folder:
             with open(self.uri(f"metrics/{name}")) as file:
                 rows += [json.loads(line) for line in file]
         rows.sort(key=lambda row: row["time"])
-        return {row["step"]: row["loss"] for row in rows if row.get("loss") is not None}
+        return {step: row["loss"] for step, row in valid_steps(rows).items()}
 
 
 def batch(data_step):
@@ -125,6 +126,7 @@ def training(folder, *, steps=60, poison=range(0), kill_at=None, spikes=None, se
         device=torch.device("cpu"),
         flops_per_token=CONFIG.flops_per_token(16),
         before_step=before_step,
+        documents=lambda data_steps: [{"id": str(step)} for step in data_steps],
     )
 
 
@@ -191,6 +193,7 @@ def test_poisoned_data_is_rolled_back_and_skipped_for_good(tmp_path):
     (rollback,) = events.events("rollback")
     assert rollback["checkpoint_status"] == "clean"
     assert rollback["to_step"] == 30
+    assert {row["id"] for row in rollback["documents"]} == {"43", "44", "45"}
     start, end = rollback["skipped"]
     assert start <= 43
     assert end >= 47
@@ -327,3 +330,14 @@ def test_the_ledger_calls_clean_only_what_has_stood_and_goes_back_to_that():
     ledger.poison_after(10)
     assert next(iter(ledger.usable())).step == 10
     assert Ledger.from_dict(ledger.to_dict()) == ledger
+
+
+def test_steps_that_a_rollback_has_undone_do_not_count(tmp_path):
+    with pytest.raises(Killed):
+        training(tmp_path / "run", poison=range(43, 47), kill_at=33).train()
+    run = training(tmp_path / "run", poison=range(43, 47))
+    run.before_step = lambda step: (_ for _ in ()).throw(Killed) if run.ledger.rollbacks and step == 34 else None
+    with pytest.raises(Killed):
+        run.train()
+    run.metrics.flush()
+    assert list(Folder(tmp_path / "run").losses()) == list(range(1, 35))  # the first attempt had come to step 45

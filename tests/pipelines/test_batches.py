@@ -73,3 +73,21 @@ def test_prefetch_keeps_order_and_hands_errors_on():
     with pytest.raises(OSError, match="storage is away"):
         got.extend(prefetch(numbers(), depth=2))
     assert got == list(range(5))
+
+
+def test_the_documents_of_batches_are_named_once():
+    class Hundreds(Counting):
+        """Documents of 100 tokens each."""
+
+        def documents(self, start, length):
+            return [
+                {"id": str(d), "source": "web", "url": f"u{d}", "start": 100 * d, "length": 100}
+                for d in range(start // 100, (start + length - 1) // 100 + 1)
+            ]
+
+    batches = Batches(Hundreds(2000), 16, 4, seed=0)
+    samples = np.concatenate([batches.sample_indices(s) for s in (3, 4)])
+    expected = {str(t // 100) for i in samples for t in range(i * 16, i * 16 + 17)}
+    named = batches.documents(range(3, 5), most=1000)
+    assert sorted(row["id"] for row in named) == sorted(expected)
+    assert len(batches.documents(range(3, 5), most=2)) == 2
