@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+from jobs.lease import lease
 from jobs.progress import Progress
 from jobs.run_folder import StoredRun
 from jobs.session import ray_session
@@ -41,7 +42,8 @@ def run(settings: PretrainJob) -> dict[str, float]:
         FileNotFoundError: the token shards are not there.
         TrainingStoppedError: it went back too often.
     """
-    if done := _already_done(*_open(settings)):  # refused or done: in either case Ray need not start
+    opened, folder, changed = _open(settings)  # refused or done: in either case Ray need not start
+    if not changed and (done := _already_done(opened, folder)):
         return done
     with ray_session(settings.workers):
         return pretrain(settings)
@@ -58,9 +60,17 @@ def pretrain(
         callbacks: further Ray Train callbacks.
         watch: tell the progress in the log.
     """
-    settings, folder = _open(settings, folder_name)
-    if done := _already_done(settings, folder):
+    settings, folder, changed = _open(settings, folder_name)
+    if not changed and (done := _already_done(settings, folder)):
         return done
+    with lease(folder, settings.name):
+        if changed:
+            log.info("pretrain: run %s starts anew, because %s", settings.name, "; ".join(changed))
+            storage.delete(folder.folder)
+        return _train(settings, folder, callbacks or [], watch)
+
+
+def _train(settings: PretrainJob, folder: StoredRun, callbacks: list[Any], watch: bool) -> dict[str, float]:
     manifest, config = check_fits(settings)
     import ray
 
@@ -100,7 +110,7 @@ def pretrain(
     if watch:
         watcher.start()
     try:
-        result = _trainer(settings, folder, attempt, on_gpu, callbacks or []).fit()
+        result = _trainer(settings, folder, attempt, on_gpu, callbacks).fit()
     finally:
         watcher.stop()
     if result.error is not None:
@@ -117,19 +127,24 @@ def finished(folder: StoredRun, steps: int) -> dict[str, float] | None:
     return {k: v for k, v in ends[-1].items() if k not in ("event", "time")} if ends else None
 
 
-def _open(settings: PretrainJob, folder_name: str | None = None) -> tuple[PretrainJob, StoredRun]:
-    """The settings with their workspace for every process, and the run's folder, once both fit what is there.
+def _open(settings: PretrainJob, folder_name: str | None = None) -> tuple[PretrainJob, StoredRun, list[str]]:
+    """The settings with their workspace for every process, the run's folder, and why what it holds has to go.
 
     Raises:
-        SettingsError: they do not.
+        SettingsError: the settings do not fit the tokens, or not the run, which is not to be started anew.
         FileNotFoundError: the token shards are not there.
     """
     # Ray Train's workers have working directories of their own, so a relative path must not reach them.
     settings = dataclasses.replace(settings, workspace=storage.absolute(settings.workspace))
     manifest, _ = check_fits(settings)
     folder = StoredRun(storage.join(settings.workspace, folder_name or f"runs/{settings.name}"))
-    _check_unchanged(folder, settings, manifest["fingerprint"])
-    return settings, folder
+    changed = _changes(folder, settings, manifest["fingerprint"])
+    if changed and settings.on_change == "refuse":
+        raise SettingsError(
+            f"the run {settings.name} in {folder.folder} was started with other settings: {'; '.join(changed)}. "
+            "Choose another --name, or --on_change restart to delete it"
+        )
+    return settings, folder, changed
 
 
 def _already_done(settings: PretrainJob, folder: StoredRun) -> dict[str, float] | None:
@@ -164,11 +179,11 @@ def check_fits(settings: PretrainJob) -> tuple[dict[str, Any], ModelConfig]:
     return train, settings.model.config(train["vocab_size"], settings.length())
 
 
-def _check_unchanged(folder: StoredRun, settings: PretrainJob, tokens: str) -> None:
-    """Refuse to go on with a run that was started with other settings, or delete it when that is asked for."""
+def _changes(folder: StoredRun, settings: PretrainJob, tokens: str) -> list[str]:
+    """What would make a run that is there compute something else if it went on."""
     before = folder.read_json("run.json")
     if before is None:
-        return
+        return []
     was, now = _dotted(before["settings"]), _dotted(json.loads(json.dumps(asdict(settings))))
     changed = [
         f"{name} was {was.get(name)!r} and is {now.get(name)!r}"
@@ -177,16 +192,7 @@ def _check_unchanged(folder: StoredRun, settings: PretrainJob, tokens: str) -> N
     ]
     if before["tokens_manifest"] != tokens:
         changed.append("the token shards were made anew")
-    if not changed:
-        return
-    if settings.on_change == "restart":
-        log.info("pretrain: run %s starts anew, because %s", settings.name, "; ".join(changed))
-        storage.delete(folder.folder)
-        return
-    raise SettingsError(
-        f"the run {settings.name} in {folder.folder} was started with other settings: {'; '.join(changed)}. "
-        "Choose another --name, or --on_change restart to delete it"
-    )
+    return changed
 
 
 def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -136,6 +136,7 @@ class Stage:
         storage.write_json(storage.join(self.folder, MANIFEST), whole)
         storage.delete(storage.join(self.folder, _RECEIPTS))
         storage.delete(storage.join(self.folder, _UNFINISHED))
+        storage.delete_unfinished(self.folder)
         return whole
 
 

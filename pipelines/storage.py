@@ -229,6 +229,15 @@ def delete(uri: str) -> None:
         filesystem.delete_dir(path)
 
 
+def delete_unfinished(folder: str) -> None:
+    """Delete what writers that were killed left below a local folder; object stores keep no half files."""
+    if local_path(folder) is None:
+        return
+    for file in list_files(folder, hidden=True):
+        if file_name(file.uri).startswith("."):
+            delete(file.uri)
+
+
 def open_parquet(uri: str) -> pq.ParquetFile:
     """A Parquet file opened for reading; local files are mapped into memory.
 
