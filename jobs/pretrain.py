@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -45,8 +46,26 @@ def run(settings: PretrainJob) -> dict[str, float]:
     opened, folder, changed = _open(settings)  # refused or done: in either case Ray need not start
     if not changed and (done := _already_done(opened, folder)):
         return done
-    with ray_session(settings.workers):
+    with ray_session(math.ceil(settings.workers * settings.cpus_per_worker)) as only_this_machine:
+        if only_this_machine:
+            require_gpus(settings)
         return pretrain(settings)
+
+
+def require_gpus(settings: PretrainJob) -> None:
+    """Refuse to wait for GPUs on a machine that has too few.
+
+    Raises:
+        SettingsError: with what is there.
+    """
+    import ray
+
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if settings.device == "gpu" and there < settings.workers:
+        raise SettingsError(
+            f"device is gpu with {settings.workers} workers, and this machine has {there} GPUs; take fewer "
+            "--workers or --device cpu, or submit the job to a cluster"
+        )
 
 
 def pretrain(

@@ -11,18 +11,21 @@ log = logging.getLogger("ingot")
 
 
 @contextlib.contextmanager
-def ray_session(cpus: int = 1, *, dashboard: bool = False) -> Iterator[None]:
+def ray_session(cpus: int = 1, *, dashboard: bool = False) -> Iterator[bool]:
     """Ray for the time of a job: joined when a cluster is given or it runs already, else started and stopped after.
 
     Args:
         cpus: cores that the job needs at least; a smaller machine shares what it has.
         dashboard: whether a Ray that is started here needs its dashboard, which takes some seconds.
+
+    Yields:
+        Whether Ray was started here and so will never have more than this machine has.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker is seen
     import ray
 
     if ray.is_initialized():
-        yield
+        yield False
         return
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
@@ -35,6 +38,6 @@ def ray_session(cpus: int = 1, *, dashboard: bool = False) -> Iterator[None]:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     try:
-        yield
+        yield not os.environ.get("RAY_ADDRESS")
     finally:
         ray.shutdown()

@@ -10,12 +10,13 @@ import functools
 import io
 import json
 import logging
+import math
 import os
 from typing import Any
 
 import yaml
 
-from jobs.pretrain import check_fits, finished, pretrain
+from jobs.pretrain import check_fits, finished, pretrain, require_gpus
 from jobs.run_folder import StoredRun, valid_steps
 from jobs.session import ray_session
 from jobs.settings import PretrainJob, SearchDimension, TuneJob, with_setting
@@ -45,7 +46,9 @@ def run(settings: TuneJob) -> list[dict[str, Any]]:
         _tell(done["trials"], space, 0)
         return done["trials"]
     # Ray Train frees the cores of a trial that ASHA stopped by asking the dashboard whether its controller is gone.
-    with ray_session(base.workers, dashboard=True):
+    with ray_session(math.ceil(base.workers * base.cpus_per_worker), dashboard=True) as only_this_machine:
+        if only_this_machine:
+            require_gpus(base)
         tuner = _tuner(settings, base, folder, every)
         log.info("tune: sweep %s, %d trials of %d steps", settings.name, settings.trials, base.steps)
         errors = [str(result.error) for result in tuner.fit() if result.error is not None]
