@@ -96,9 +96,21 @@ def parse(job: str, arguments: list[str]) -> Any:
     )
     parser.add_argument("--config", action="config", help="recipe: a YAML file with this job's settings, or sections")
     parser.add_class_arguments(kind, as_group=False)
-    values = dict(vars(parser.instantiate(parser.parse_args(_spelled_out(arguments, kind)))))
+    values = dict(vars(parser.instantiate(parser.parse_args(_spelled_out(_recipe_first(arguments), kind)))))
     values.pop("config", None)
     return kind(**values)
+
+
+def _recipe_first(arguments: list[str]) -> list[str]:
+    """``--config`` before everything else, so that the command line wins wherever the recipe stands in it."""
+    recipes, others = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            recipes += [argument, *([value] if (value := next(rest, None)) is not None else [])]
+        else:
+            (recipes if argument.startswith("--config=") else others).append(argument)
+    return recipes + others
 
 
 def _spelled_out(arguments: list[str], kind: type) -> list[str]:

@@ -43,6 +43,11 @@ def run(settings: EvaluateJob) -> dict[str, Any]:
         results["mmlu"], answers = _mmlu(trained, mmlu, settings)
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
         storage.write_bytes(storage.join(folder, "mmlu.jsonl"), lines.encode())
+    else:
+        earlier = storage.join(folder, "results.json")
+        before = storage.read_json(earlier) if storage.exists(earlier) else {}
+        if before.get("step") == trained.step and "mmlu" in before:
+            results["mmlu"] = before["mmlu"]  # of the same checkpoint: still true
     storage.write_json(storage.join(folder, "results.json"), results)
     log.info("evaluate: results are in %s", folder)
     return results

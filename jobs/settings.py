@@ -320,7 +320,7 @@ class GenerateJob(OfRun):
 
     prompt: str = ""
     """Text to continue; empty starts a new document."""
-    max_new_tokens: int = 200
+    max_new_tokens: int = 100
     """Tokens to add at most; generation also ends with the document."""
     temperature: float = 0.8
     """Divides the logits; 0 always takes the likeliest token."""

@@ -19,7 +19,7 @@ import yaml
 from jobs.pretrain import check_fits, finished, pretrain, require_gpus
 from jobs.run_folder import StoredRun, valid_steps
 from jobs.session import ray_session
-from jobs.settings import PretrainJob, SearchDimension, TuneJob, with_setting
+from jobs.settings import PretrainJob, SearchDimension, SettingsError, TuneJob, with_setting
 from pipelines import storage
 
 log = logging.getLogger("ingot")
@@ -64,14 +64,20 @@ def run(settings: TuneJob) -> list[dict[str, Any]]:
 
 
 def _remember(folder: str, settings: TuneJob, tokens: str) -> None:
-    """Start the sweep anew when what it searches has changed, or the tokens it trains on; else go on."""
+    """Refuse to go on with a sweep that searched something else, or trained on other tokens.
+
+    Raises:
+        SettingsError: it did.
+    """
     uri = storage.join(folder, "sweep.json")
     now = {**json.loads(json.dumps(dataclasses.asdict(settings))), "tokens": tokens}
     for free in ("workspace", "concurrent_trials"):
         now.pop(free)
     if storage.exists(uri) and storage.read_json(uri) != now:
-        log.info("tune: sweep %s starts anew, because its settings changed", settings.name)
-        storage.delete(folder)
+        raise SettingsError(
+            f"the sweep {settings.name} in {folder} was started with other settings or tokens; choose another "
+            "--name, or delete that folder"
+        )
     storage.write_json(uri, now)
 
 

@@ -239,6 +239,13 @@ def run_stage(
         }
     )
     progress.finish(f"{manifest['documents_out']:,} of {manifest['documents_in']:,} documents kept")
+    reasons = [f"{reason} {counts['documents']:,}" for reason, counts in manifest["set_aside"].items()]
+    if reasons:
+        others = f" and {len(reasons) - 5} other reasons" if len(reasons) > 5 else ""
+        where = storage.join(stage.folder, "set-aside")
+        log.info("%s: set aside in %s: %s%s", stage.name, where, ", ".join(reasons[:5]), others)
+    if manifest["documents_in"] and not manifest["documents_out"]:
+        log.warning("%s: kept none of %s documents", stage.name, f"{manifest['documents_in']:,}")
     return manifest
 
 

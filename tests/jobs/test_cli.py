@@ -195,3 +195,11 @@ def test_the_package_runs_as_a_program_and_lists_its_jobs():
     for job, (_, text) in cli.JOBS.items():
         assert f"{job:<10} {text}" in done.stdout
     assert "submit" in done.stdout
+
+
+def test_the_command_line_wins_wherever_the_recipe_stands_in_it(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: 500\nname: recipe\n")
+    for arguments in (["--steps", "200", "--config", str(recipe)], [f"--config={recipe}", "--steps", "200"]):
+        settings = parse("pretrain", arguments)
+        assert (settings.steps, settings.name) == (200, "recipe")
