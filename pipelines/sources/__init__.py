@@ -7,9 +7,10 @@ with file and offset, and the rest of the file is still read.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipelines import storage
@@ -48,6 +49,12 @@ class Source:
     """Field or column that holds the text, for jsonl and parquet."""
     max_record_bytes: int = 32_000_000
     """Longer records (pages, lines, books, source files) are set aside, so that memory stays bounded."""
+    rules: list[str] | None = None
+    """Rule sets of the filter stage for this source, in order; null takes those for its kind."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Thresholds that differ for this source, by dotted name, such as `{gopher_quality.max_words: 1000000}`."""
+    weight: float = 1.0
+    """How often its documents appear in the mix, see mix."""
 
     @property
     def label(self) -> str:
@@ -60,6 +67,8 @@ class Source:
             raise ValueError(f"path of the source {self.label} is empty, must be a file, a folder or a glob")
         if self.max_record_bytes < 1:
             raise ValueError(f"max_record_bytes is {self.max_record_bytes}, must be at least 1")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}, must be above 0")
 
     def relative(self, uri: str) -> str:
         """The part of a file's URI that does not change when the whole source is moved."""
