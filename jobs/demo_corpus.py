@@ -187,10 +187,10 @@ def _write_web(folder: str, pages: dict[str, str], rng: random.Random) -> dict:
 
     bodies = [(url, html.encode("utf-8", "xmlcharrefreplace")) for url, html in web]
     count = max(1, round(sum(len(body) for _, body in bodies) / WARC_BYTES))
-    info = _member("warcinfo", "", b"software: Ingot demo\r\nformat: WARC File Format 1.1\r\n")
-    files = [[info, *(_member("response", *page) for page in bodies[i::count])] for i in range(count)]
+    info = warc_member("warcinfo", "", b"software: Ingot demo\r\nformat: WARC File Format 1.1\r\n")
+    files = [[info, *(warc_member("response", *page) for page in bodies[i::count])] for i in range(count)]
     torn_url = "https://docs.example.org/python/torn.html"
-    torn = _member("response", torn_url, bodies[-1][1])
+    torn = warc_member("response", torn_url, bodies[-1][1])
     torn_at = sum(map(len, files[-1]))
     files[-1].append(torn[: len(torn) // 2])
     for number, members in enumerate(files):
@@ -203,7 +203,7 @@ def _write_web(folder: str, pages: dict[str, str], rng: random.Random) -> dict:
     }
 
 
-def _member(kind: str, url: str, body: bytes) -> bytes:
+def warc_member(kind: str, url: str, body: bytes) -> bytes:
     """One WARC record as a gzip member of its own, as crawlers write them so that one can be read alone."""
     from fastwarc.warc import WarcRecord, WarcRecordType
 
