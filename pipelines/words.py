@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import unicodedata
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,6 +70,19 @@ class Words:
     def lengths(self) -> np.ndarray:
         """Code points of each word, int64."""
         return self.ends - self.starts
+
+
+class Texts(list):
+    """The analysed texts of a batch."""
+
+    @classmethod
+    def of(cls, column: Any) -> Texts:
+        """The texts of an Arrow column."""
+        return cls(analyse(text or "") for text in column.to_pylist())
+
+    def filter(self, mask: np.ndarray) -> Texts:
+        """Those where ``mask`` is true."""
+        return Texts(words for words, keep in zip(self, mask.tolist(), strict=True) if keep)
 
 
 def analyse(text: str, *, letters: bool = False) -> Words:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipelines.filters import Verdict
+from pipelines.filters import Applied, Batch, Measure, Verdict
 from pipelines.words import LETTER, SOLID, Repeats, Spans, Words, extend_ngrams, ngram_hashes, repeats, word_hash
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -61,6 +61,10 @@ class GopherQuality:
             raise ValueError(
                 f"min_stop_words is {self.min_stop_words}, must not be above the {len(set(self.stop_words))} stop words"
             )
+
+    def apply(self, batch: Batch) -> Applied:
+        """Measures of every document."""
+        return _measures([self.judge(words) for words in batch.texts])
 
     def judge(self, words: Words) -> Verdict | None:
         """The first rule that the document breaks, in the paper's order, or None."""
@@ -119,6 +123,17 @@ class GopherQuality:
         return None
 
 
+def _measures(verdicts: list[Verdict | None]) -> Applied:
+    measures: dict[tuple[str, float, bool], Measure] = {}
+    for i, v in enumerate(verdicts):
+        if v is not None:
+            low = v.value < v.threshold
+            bound = {"minimum": v.threshold} if low else {"maximum": v.threshold}
+            fresh = Measure(v.reason, np.full(len(verdicts), np.nan), **bound)
+            measures.setdefault((v.reason, v.threshold, low), fresh).values[i] = v.value
+    return Applied(list(measures.values()))
+
+
 def _ellipses(text: str) -> int:
     return text.count("...") + text.count("…")
 
@@ -162,6 +177,10 @@ class GopherRepetition:
         for n in [*self.max_top_ngram, *ngrams]:
             if n < 1:
                 raise ValueError(f"max_top_ngram and max_duplicate_ngram: n is {n}, must be at least 1")
+
+    def apply(self, batch: Batch) -> Applied:
+        """Measures of every document."""
+        return _measures([self.judge(words) for words in batch.texts])
 
     def judge(self, words: Words) -> Verdict | None:
         """The first rule that the document breaks (paragraphs, lines, n-grams), or None."""
