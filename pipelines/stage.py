@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from pipelines import storage
+from pipelines import statistics, storage
 from pipelines.documents import SCHEMA, SET_ASIDE_SCHEMA
+from pipelines.progress import Progress
 
 log = logging.getLogger("ingot")
 
@@ -40,6 +41,7 @@ class Output(NamedTuple):
         documents_in: records read to make this batch.
         bytes_in: bytes of them.
         counts: further numbers, added up into the part's entry of the manifest.
+        statistics: what pipelines.statistics knows to add up, for the stage's entry of the manifest.
     """
 
     kept: pa.Table
@@ -47,6 +49,7 @@ class Output(NamedTuple):
     documents_in: int
     bytes_in: int
     counts: Mapping[str, int] | None = None
+    statistics: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,13 @@ class Unit:
         name: file name of its part, without the extension.
         arguments: keyword arguments of the stage's work function.
         labels: facts copied into the part's entry of the manifest.
+        size: bytes that its work is expected to count as read, for the time that is left.
     """
 
     name: str
     arguments: dict[str, Any]
     labels: dict[str, Any] = field(default_factory=dict)
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,17 +220,16 @@ def run_stage(
     pending = [unit for unit in units if unit.name not in receipts]
     if receipts:
         log.info("%s: goes on, %d of %d units were done before", stage.name, len(receipts), len(units))
-    progress = Progress(stage.name, len(units), len(receipts))
-    for receipt in for_each(pending, _Task(stage.folder, work, schema, set_aside_share)):
-        receipts[receipt["name"]] = receipt
-        progress.step(receipt["documents_in"], receipt["bytes_in"])
+    progress = Progress(stage.name, {unit.name: unit.size for unit in pending}, len(receipts))
+    for state in for_each(pending, _Task(stage.folder, work, schema, set_aside_share)):
+        finished = "file" in state
+        if finished:
+            receipts[state["name"]] = state
+        progress.step(state["name"], state["documents_in"], state["bytes_in"], finished=finished)
     done = [receipts[unit.name] for unit in units]
-    set_aside: dict[str, dict[str, int]] = {}
+    totals: dict[str, Any] = {"set_aside": {}, "statistics": {}, "counts": {}}
     for receipt in done:
-        for reason, counts in receipt["set_aside"].items():
-            total = set_aside.setdefault(reason, {"documents": 0, "bytes": 0})
-            total["documents"] += counts["documents"]
-            total["bytes"] += counts["bytes"]
+        statistics.add(totals, {name: receipt.get(name, {}) for name in totals})
     manifest = stage.publish(
         {
             "seconds": time.monotonic() - started,
@@ -234,7 +238,9 @@ def run_stage(
             "bytes_in": sum(r["bytes_in"] for r in done),
             "documents_out": sum(r["documents"] for r in done),
             "bytes_out": sum(r["bytes"] for r in done),
-            "set_aside": dict(sorted(set_aside.items(), key=lambda item: -item[1]["documents"])),
+            "set_aside": dict(sorted(totals["set_aside"].items(), key=lambda item: -item[1]["documents"])),
+            "statistics": totals["statistics"],
+            "counts": totals["counts"],
             **(extra or {}),
         }
     )
@@ -249,22 +255,33 @@ def run_stage(
     return manifest
 
 
-def for_each(units: list[Unit], task: Callable[[Unit], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Run ``task`` for every unit on Ray Data, one task a unit, and yield its results as they come."""
+def for_each(
+    units: list[Unit], task: Callable[[Unit], dict[str, Any] | Iterator[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """Run ``task`` for every unit on Ray Data, one task a unit, and yield its results as they come.
+
+    A task that is a generator gives several; what it yields before its end comes while it still runs. It has to yield
+    the same when it is repeated, since Ray passes over those that came before a worker was lost.
+    """
     if not units:
         return
     import ray
 
-    ray.data.DataContext.get_current().enable_progress_bars = False  # Progress tells more
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     items = [{"unit": pickle.dumps(unit)} for unit in units]
 
-    def run(row: dict[str, bytes]) -> dict[str, bytes]:
-        return {"result": json.dumps(task(pickle.loads(row["unit"]))).encode()}  # noqa: S301 (written above)
+    def run(batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
+        result = task(pickle.loads(batch["unit"][0]))  # noqa: S301 (written above)
+        for state in [result] if isinstance(result, dict) else result:
+            yield {"result": [json.dumps(state).encode()]}
 
-    data = ray.data.from_items(items, override_num_blocks=len(items)).map(run)
-    for row in data.iter_rows():
-        yield json.loads(row["result"])
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False  # Progress tells more
+    context.target_max_block_size = 1  # every result is a block, which comes at once
+    with ray.data.DataContext.current(context):
+        data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(run, batch_size=1)
+        for row in data.iter_rows():
+            yield json.loads(row["result"])
 
 
 class _Task:
@@ -273,28 +290,39 @@ class _Task:
     def __init__(self, folder: str, work: Callable[..., Iterable[Output]], schema: pa.Schema, share: float) -> None:
         self.folder, self.work, self.schema, self.share = folder, work, schema, share
 
-    def __call__(self, unit: Unit) -> dict[str, Any]:
+    def __call__(self, unit: Unit) -> Iterator[dict[str, Any]]:
         file = f"{unit.name}.parquet"
-        receipt: dict[str, Any] = {"name": unit.name, "file": file, "labels": unit.labels}
-        receipt |= {"documents": 0, "bytes": 0, "documents_in": 0, "bytes_in": 0, "set_aside": {}, "counts": {}}
-        aside = None
-        with storage.parquet_writer(storage.join(self.folder, file), self.schema) as kept:
-            aside_uri = storage.join(self.folder, "set-aside", file)
-            with _lazy_writer(aside_uri) as aside:
-                for output in self.work(**unit.arguments):
-                    receipt["documents_in"] += output.documents_in
-                    receipt["bytes_in"] += output.bytes_in
-                    for name, count in (output.counts or {}).items():
-                        receipt["counts"][name] = receipt["counts"].get(name, 0) + count
-                    if output.kept.num_rows:
-                        receipt["documents"] += output.kept.num_rows
-                        receipt["bytes"] += text_bytes(output.kept) if "text" in self.schema.names else 0
-                        kept.write_table(output.kept)
-                    if output.set_aside is not None and output.set_aside.num_rows:
-                        _count(receipt["set_aside"], output.set_aside)
-                        aside(_sample(output.set_aside, self.share))
+        total: dict[str, Any] = {"documents": 0, "bytes": 0, "documents_in": 0, "bytes_in": 0}
+        total |= {"set_aside": {}, "counts": {}, "statistics": {}}
+        with (
+            storage.parquet_writer(storage.join(self.folder, file), self.schema) as kept,
+            _lazy_writer(storage.join(self.folder, "set-aside", file)) as aside,
+        ):
+            for output in self.work(**unit.arguments):
+                statistics.add(total, self._counted(output))
+                if output.kept.num_rows:
+                    kept.write_table(output.kept)
+                if output.set_aside is not None and output.set_aside.num_rows:
+                    aside(_sample(output.set_aside, self.share))
+                yield {"name": unit.name, "documents_in": total["documents_in"], "bytes_in": total["bytes_in"]}
+        receipt = {"name": unit.name, "file": file, "labels": unit.labels, **total}
         storage.write_json(storage.join(self.folder, _RECEIPTS, f"{unit.name}.json"), receipt)
-        return receipt
+        yield receipt
+
+    def _counted(self, output: Output) -> dict[str, Any]:
+        counted: dict[str, Any] = {
+            "documents": output.kept.num_rows,
+            "documents_in": output.documents_in,
+            "bytes_in": output.bytes_in,
+            "counts": output.counts or {},
+            "statistics": dict(output.statistics or {}),
+        }
+        if self.schema.equals(SCHEMA):
+            counted["bytes"] = text_bytes(output.kept)
+            counted["statistics"]["documents"] = statistics.of_documents(output.kept)
+        if output.set_aside is not None and output.set_aside.num_rows:
+            counted["set_aside"] = _reasons(output.set_aside)
+        return counted
 
 
 class _lazy_writer:  # noqa: N801 (used as a context manager function)
@@ -317,17 +345,13 @@ class _lazy_writer:  # noqa: N801 (used as a context manager function)
             self.manager.__exit__(*error)
 
 
-def _count(totals: dict[str, dict[str, int]], table: pa.Table) -> None:
+def _reasons(table: pa.Table) -> dict[str, dict[str, int]]:
     sizes = pc.fill_null(pc.binary_length(table["text"]), 0)
-    grouped = (
-        pa.table({"reason": table["reason"], "bytes": sizes})
-        .group_by("reason")
-        .aggregate([("bytes", "sum"), ("bytes", "count")])
-    )
-    for row in grouped.to_pylist():
-        total = totals.setdefault(row["reason"], {"documents": 0, "bytes": 0})
-        total["documents"] += row["bytes_count"]
-        total["bytes"] += row["bytes_sum"]
+    plain = pa.table({"reason": table["reason"], "bytes": sizes})
+    grouped = plain.group_by("reason").aggregate([("bytes", "sum"), ("bytes", "count")])
+    return {
+        row["reason"]: {"documents": row["bytes_count"], "bytes": row["bytes_sum"]} for row in grouped.to_pylist()
+    }
 
 
 def _sample(table: pa.Table, share: float) -> pa.Table:
@@ -362,32 +386,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-class Progress:
-    """Log lines of a stage's progress, at most one every few seconds: units, documents, bytes, time left."""
-
-    def __init__(self, name: str, total: int, done: int = 0, every: float = 5.0) -> None:
-        self.name, self.total, self.done, self.before, self.every = name, total, done, done, every
-        self.documents = self.bytes = 0
-        self.started = self.last = time.monotonic()
-
-    def step(self, documents: int, size: int) -> None:
-        """One more unit is done, which held so many documents and bytes."""
-        self.done += 1
-        self.documents += documents
-        self.bytes += size
-        now = time.monotonic()
-        if now - self.last >= self.every and self.done < self.total:
-            self.last = now
-            left = (now - self.started) / (self.done - self.before) * (self.total - self.done)
-            log.info("%s: %d/%d units, %s, %.0f s left", self.name, self.done, self.total, self._rate(now), left)
-
-    def _rate(self, now: float) -> str:
-        seconds = max(now - self.started, 1e-9)
-        return f"{self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {self.bytes / 1e6 / seconds:.2f} MB/s"
-
-    def finish(self, summary: str) -> None:
-        """The stage is done."""
-        now = time.monotonic()
-        log.info("%s: done in %.1f s, %s; %s", self.name, now - self.started, summary, self._rate(now))

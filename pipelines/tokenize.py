@@ -20,7 +20,8 @@ import xxhash
 from pipelines import storage
 from pipelines.documents import InputError
 from pipelines.shards import DOCUMENTS_SCHEMA, shard_name, token_dtype, write_shard
-from pipelines.stage import Output, Progress, Stage, Unit, for_each, part_uris, read_part, run_stage
+from pipelines.progress import Progress
+from pipelines.stage import Output, Stage, Unit, for_each, part_uris, read_part, run_stage
 from pipelines.tokenizer import Tokenizer
 
 log = logging.getLogger("ingot")
@@ -183,12 +184,14 @@ def _pack(
         ]
         units.append(Unit(shard_name(index), {"parts": reach, "start": start, "end": end}))
     todo = [unit for unit in units if not storage.exists(storage.join(stage.folder, unit.name))]
-    progress = Progress(stage.name, len(units), len(units) - len(todo))
+    width = token_dtype(encoder.vocab_size).itemsize
+    sizes = {unit.name: width * (unit.arguments["end"] - unit.arguments["start"]) for unit in todo}
+    progress = Progress(stage.name, sizes, len(units) - len(todo))
     fill = functools.partial(
         _fill, stage.folder, split == "validation", settings.block, encoder.pad_id, token_dtype(encoder.vocab_size).name
     )
     for result in for_each(todo, fill):
-        progress.step(result["documents"], result["bytes"])
+        progress.step(result["name"], result["documents"], result["bytes"], finished=True)
     manifest = stage.publish(
         {
             "tokens": total,
@@ -231,4 +234,4 @@ def _fill(folder: str, validation: bool, block: int, pad_id: int, dtype: str, un
     with storage.parquet_writer(storage.join(folder, "documents", unit.name), DOCUMENTS_SCHEMA) as writer:
         writer.write_table(pa.Table.from_pylist(documents, DOCUMENTS_SCHEMA))
     write_shard(storage.join(folder, unit.name), tokens, block, pad_id)
-    return {"documents": len(documents), "bytes": tokens.nbytes}
+    return {"name": unit.name, "documents": len(documents), "bytes": tokens.nbytes}

@@ -1,0 +1,73 @@
+"""How far a stage is: documents, bytes, and the time that is left, in log lines a few seconds apart."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+log = logging.getLogger("ingot")
+
+
+class Progress:
+    """Counts what the units of a stage have done and tells it now and then.
+
+    Time left comes from the bytes that the units are expected to read; where a unit is compressed that is a guess,
+    which the units that are done put right.
+
+    Args:
+        name: of the stage.
+        sizes: bytes that each unit is expected to read, by its name; those that were done before are left out.
+        done: units that an earlier run did.
+        every: seconds between two lines.
+    """
+
+    def __init__(self, name: str, sizes: dict[str, int], done: int = 0, every: float = 5.0) -> None:
+        self.name, self.sizes, self.every = name, {unit: max(size, 1) for unit, size in sizes.items()}, every
+        self.before, self.total = done, done + len(sizes)
+        self.running: dict[str, tuple[int, int]] = {}
+        self.finished: dict[str, tuple[int, int]] = {}
+        self.started = self.last = time.monotonic()
+
+    def step(self, unit: str, documents: int, size: int, *, finished: bool) -> None:
+        """A unit has read so many documents and bytes up to now, or in all."""
+        if finished:
+            self.running.pop(unit, None)
+            self.finished[unit] = documents, size
+        elif unit not in self.finished:
+            self.running[unit] = documents, size
+        now = time.monotonic()
+        if now - self.last >= self.every and len(self.finished) < len(self.sizes):
+            self.last = now
+            left = self.seconds_left(now)
+            told = "" if left is None else f", {_duration(left)} left"
+            done = self.before + len(self.finished)
+            log.info("%s: %d of %d units, %s%s", self.name, done, self.total, self._rate(now), told)
+
+    def seconds_left(self, now: float) -> float | None:
+        """Seconds until all units are done, None before anything is."""
+        expected = sum(self.sizes[unit] for unit in self.finished)
+        read = sum(size for _, size in self.finished.values())
+        scale = read / expected if read else 1.0
+        total = read + scale * sum(size for unit, size in self.sizes.items() if unit not in self.finished)
+        # A unit that reads more than was expected is taken to be nearly done.
+        read += sum(min(size, 0.95 * scale * self.sizes[unit]) for unit, (_, size) in self.running.items())
+        return (now - self.started) * (total - read) / read if read else None
+
+    def _rate(self, now: float) -> str:
+        seen = [*self.finished.values(), *self.running.values()]
+        documents, size = sum(count for count, _ in seen), sum(size for _, size in seen)
+        seconds = max(now - self.started, 1e-9)
+        return f"{documents:,} documents, {size / 1e6:,.1f} MB, {size / 1e6 / seconds:.2f} MB/s"
+
+    def finish(self, summary: str) -> None:
+        """The stage is done."""
+        now = time.monotonic()
+        log.info("%s: done in %.1f s, %s; %s", self.name, now - self.started, summary, self._rate(now))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
