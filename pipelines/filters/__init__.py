@@ -58,11 +58,13 @@ class Applied(NamedTuple):
         measures: in the order in which they are judged; the first broken one is the verdict.
         text: the edited text of all documents (large_string), when the rule set edits.
         counts: countable side facts, such as ``c4: javascript line`` with the number of lines removed.
+        columns: columns of the table that the rule set fills, for all documents, by name.
     """
 
     measures: list[Measure]
     text: pa.Array | None = None
     counts: Mapping[str, int] = MappingProxyType({})
+    columns: Mapping[str, pa.Array] = MappingProxyType({})
 
 
 class Batch:
