@@ -99,6 +99,17 @@ class Batch:
         at = self.table.schema.get_field_index("text")
         return Batch(self.table.set_column(at, self.table.schema.field(at), column))
 
+    def with_columns(self, columns: Mapping[str, pa.Array]) -> Batch:
+        """The same documents with columns other than the text replaced."""
+        table = self.table
+        for name, values in columns.items():
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, table.schema.field(at), values)
+        rest = Batch(table)
+        if "texts" in self.__dict__:
+            rest.texts = self.texts
+        return rest
+
 
 def judge(measures: Sequence[Measure], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first broken measure of each document.
