@@ -1,27 +1,33 @@
-"""Language identification with a model that ships in its wheel (py3langid, a fork of langid.py; Lui & Baldwin 2012)."""
+"""Language identification with the model that ships in py3langid's wheel (Lui & Baldwin 2012), a batch at a time."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 
-from pipelines.filters import Verdict
+import numpy as np
+import pyarrow as pa
+
+from pipelines.filters import Applied, Batch, Measure, Verdict
 
 CHARACTERS = 2000
-"""How much of a document is looked at; more hardly changes the answer and costs time in proportion."""
+"""How much of a document is looked at by default."""
 
 
 @dataclass
 class LanguageFilter:
     """Keeps documents in the wanted languages."""
 
+    enabled: bool = True
+    """Whether the language is asked at all; it fills the columns language and language_score."""
     languages: list[str] = field(default_factory=lambda: ["en"])
-    """Codes of the languages to keep (ISO 639-1, such as en, de, zh); none keeps all."""
+    """Codes of the languages to keep (ISO 639, such as en, de, zh); none keeps all."""
     min_score: float = 0.65
     """Smallest probability of that language."""
+    characters: int = CHARACTERS
+    """How much of a document is looked at, from its start; more costs time in proportion."""
 
     def validate(self) -> None:
-        """Raises ValueError for a language that the model does not know and for a score that is no probability."""
+        """Raises ValueError for a language that the model does not know, no characters, and no probability."""
         unknown = sorted(set(self.languages) - set(known_languages())) if self.languages else []
         if unknown:
             raise ValueError(
@@ -29,6 +35,24 @@ class LanguageFilter:
             )
         if not 0 <= self.min_score <= 1:
             raise ValueError(f"min_score is {self.min_score}, must be a probability between 0 and 1")
+        if self.characters < 1:
+            raise ValueError(f"characters is {self.characters}, must be at least 1")
+
+    def apply(self, batch: Batch) -> Applied:
+        """Measures whether the language is wanted and how sure that is; fills the two columns for it."""
+        codes, scores = identify_batch(batch.table["text"], self.characters)
+        columns = {"language": codes, "language_score": scores}
+        values = scores.to_numpy().astype(np.float64)
+        if not self.languages:
+            return Applied([Measure("language: score", values)], columns=columns)
+        names = codes.to_pylist()
+        unwanted = np.array([name not in self.languages for name in names], np.float64)
+        details = [name if other else None for name, other in zip(names, unwanted, strict=True)]
+        measures = [
+            Measure("language: not wanted", unwanted, maximum=0.0, details=details),
+            Measure("language: score", values, minimum=self.min_score),
+        ]
+        return Applied(measures, columns=columns)
 
     def judge(self, language: str, score: float) -> Verdict | None:
         """Why a document of this language and score goes, or None."""
@@ -41,27 +65,33 @@ class LanguageFilter:
         return None
 
 
-def identify(text: str) -> tuple[str, float]:
-    """The most likely language of a text and its probability, from its first CHARACTERS characters.
+def identify_batch(column: pa.Array | pa.ChunkedArray, characters: int = CHARACTERS) -> tuple[pa.Array, pa.Array]:
+    """The most likely language of each text and its probability, from its first so many characters.
+
+    Args:
+        column: texts, large_string.
+        characters: how much of each text is looked at.
 
     Returns:
-        An ISO 639-1 code and a probability; ``("und", 0.0)`` for a text without letters.
+        ISO 639 codes (string) and probabilities (float32); ``und`` and 0 for a text without letters.
     """
-    start = text[:CHARACTERS]
-    if not any(c.isalpha() for c in start):
-        return "und", 0.0
-    language, score = _model().classify(start)
-    return language, float(score)
+    from pipelines import langid  # late: numba and the model take seconds that --help need not pay
+
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    labels, scores = langid.classify(column, characters)
+    names = pa.array([*langid.model().labels, "und"], pa.string())
+    return names.take(pa.array(np.where(labels < 0, len(names) - 1, labels))), pa.array(scores)
+
+
+def identify(text: str) -> tuple[str, float]:
+    """The most likely language of one text and its probability, see ``identify_batch``."""
+    codes, scores = identify_batch(pa.array([text], pa.large_string()))
+    return codes[0].as_py(), scores[0].as_py()
 
 
 def known_languages() -> list[str]:
     """Codes of the languages that the model tells apart."""
-    return list(_model().labels)
+    from pipelines import langid
 
-
-@functools.lru_cache(maxsize=1)
-def _model():
-    # Imported late: unpacking the model takes half a second that --help need not pay.
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    return list(langid.model().labels)
