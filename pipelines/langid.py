@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numba import njit
 
+from pipelines.words.columns import buffers
+
 _DOCUMENTS = 1024
 """Documents scored at one time: bounds the table of their scores."""
 
@@ -54,19 +56,18 @@ def model() -> _Model:
     )
 
 
-def classify(column: pa.Array, characters: int) -> tuple[np.ndarray, np.ndarray]:
+def classify(column: pa.Array | pa.ChunkedArray, characters: int) -> tuple[np.ndarray, np.ndarray]:
     """The most likely language of each text, from its first so many characters.
 
     Args:
-        column: texts, large_string, without nulls.
+        column: texts, large_string; null is a text without letters.
         characters: how much of each text is looked at.
 
     Returns:
         Indices into ``model().labels``, (documents,) int64, -1 for a text without letters; and probabilities,
         (documents,) float32, 0 for those.
     """
-    data = np.frombuffer(column.buffers()[2] or b"", np.uint8)
-    offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
+    data, offsets = buffers(column)
     labels, scores = np.full(len(column), -1), np.zeros(len(column), np.float32)
     for first in range(0, len(column), _DOCUMENTS):
         part = slice(first, first + _DOCUMENTS)

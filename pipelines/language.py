@@ -77,8 +77,6 @@ def identify_batch(column: pa.Array | pa.ChunkedArray, characters: int = CHARACT
     """
     from pipelines import langid  # late: numba and the model take seconds that --help need not pay
 
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
     labels, scores = langid.classify(column, characters)
     names = pa.array([*langid.model().labels, "und"], pa.string())
     return names.take(pa.array(np.where(labels < 0, len(names) - 1, labels))), pa.array(scores)
