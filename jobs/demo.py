@@ -13,7 +13,7 @@ from jobs.run_folder import StoredRun, valid_steps
 from jobs.settings import DemoJob, EvaluateJob, ExportJob, Faults, GenerateJob, OfRun, PretrainJob, checked, require
 from jobs.trained import load
 from pipelines import storage
-from pipelines.curate import STAGES, curate
+from pipelines.curate import curate, stage_manifests
 from pipelines.stage import read_manifest
 
 log = logging.getLogger("ingot")
@@ -81,8 +81,7 @@ def summary(workspace: str, name: str) -> str:
     """What the demo prints at its end: funnel, tokenizer, losses, recoveries, a sample."""
     folder = StoredRun(storage.join(workspace, "runs", name))
     lines = ["", f"{'stage':<10}{'documents in':>14}{'MB in':>9}{'documents out':>15}{'MB out':>9}   why the rest went"]
-    for stage in STAGES:
-        manifest = read_manifest(storage.join(workspace, "corpus", stage))
+    for stage, manifest in stage_manifests(storage.join(workspace, "corpus")).items():
         gone = list(manifest["set_aside"].items())
         why = [f"{reason} {counts['documents']:,}" for reason, counts in gone[:4]]
         others = sum(counts["documents"] for _, counts in gone[4:])

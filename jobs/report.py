@@ -15,7 +15,7 @@ from jobs.pictures import funnel_chart, loss_chart
 from jobs.run_folder import StoredRun, valid_steps
 from jobs.settings import ReportJob
 from pipelines import storage
-from pipelines.curate import STAGES
+from pipelines.curate import stage_manifests
 
 log = logging.getLogger("ingot")
 
@@ -47,7 +47,7 @@ def build_report(workspace: str, run: str) -> str:
         raise FileNotFoundError(f"{folder.folder}: no run of this name; `ingot pretrain --name {run}` makes it")
     rows, events = folder.metrics(), folder.events()
     ledger = folder.read_json("ledger.json") or {"checkpoints": [], "skips": []}
-    manifests = corpus_manifests(workspace)
+    manifests = stage_manifests(storage.join(workspace, "corpus"))
     sections = [
         _headline(facts, rows, events),
         *_charts(rows, events, ledger["skips"]),
@@ -74,13 +74,8 @@ def loss_picture(workspace: str, run: str, uri: str) -> None:
 
 def funnel_picture(workspace: str, uri: str) -> None:
     """Save the funnel of documents as an SVG file of its own."""
-    storage.write_bytes(uri, standalone(funnel_chart(corpus_manifests(storage.absolute(workspace)))).encode())
-
-
-def corpus_manifests(workspace: str) -> dict[str, dict[str, Any]]:
-    """Manifests of the corpus stages that are done, in their order."""
-    uris = {stage: storage.join(workspace, "corpus", stage, "manifest.json") for stage in STAGES}
-    return {stage: storage.read_json(uri) for stage, uri in uris.items() if storage.exists(uri)}
+    manifests = stage_manifests(storage.join(storage.absolute(workspace), "corpus"))
+    storage.write_bytes(uri, standalone(funnel_chart(manifests)).encode())
 
 
 # Sections of the page

@@ -1,12 +1,18 @@
-"""The graph of stages from sources to deduplicated documents: extract, filter, exact, near."""
+"""The graph of stages from sources to the corpus: extract, filter, exact, near.
+
+Each stage reads the parts of the one before and writes parts of its own; what is switched off is left out of the graph.
+``corpus/manifest.json``, written last, says which stages made the corpus.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -15,12 +21,14 @@ import xxhash
 
 from pipelines import sources, storage
 from pipelines.dedup import exact, minhash
-from pipelines.documents import SCHEMA, SET_ASIDE_SCHEMA, BadRecord, set_aside_bad_records, to_table
+from pipelines.documents import BadRecord, set_aside_bad_records, to_table
 from pipelines.filters import Verdict
+from pipelines.filters.chain import filter_part, set_aside
 from pipelines.filters.gopher import GopherQuality, GopherRepetition
-from pipelines.language import LanguageFilter, identify
+from pipelines.language import LanguageFilter
 from pipelines.sources import Source
 from pipelines.stage import (
+    MANIFEST,
     Output,
     Stage,
     Unit,
@@ -31,14 +39,24 @@ from pipelines.stage import (
     run_stage,
     text_bytes,
 )
-from pipelines.words import analyse
 
 log = logging.getLogger("ingot")
 
 STAGES = ("extract", "filter", "exact", "near")
+"""All stages, in order; those that the settings switch off are left out."""
+
+RULES = ("language", "gopher_repetition", "gopher_quality")
+"""The rule sets of the filter stage by the names of their settings, in the order in which they are asked by default."""
+
+_PROSE = ("language", "gopher_repetition", "gopher_quality")
+_KIND_RULES = {"warc": _PROSE, "wet": _PROSE, "code": ()}
+_KIND_SETTINGS: dict[str, dict[str, Any]] = {
+    "books": {"gopher_quality.max_words": sys.maxsize},  # a book is a whole work
+}
 
 _BATCH_DOCUMENTS = 512
 _BATCH_BYTES = 16_000_000
+_EXPANSION = 4  # of compressed text and pages, until the first file shows
 
 
 @dataclass
@@ -46,13 +64,16 @@ class CurationSettings:
     """Where documents come from and which of them stay."""
 
     sources: list[Source] = field(default_factory=list)
-    """What to read, such as `[{kind: warc, path: s3://bucket/crawl/*.warc.gz, name: web}]`."""
+    """What to read, such as `[{kind: warc, path: s3://bucket/crawl/*.warc.gz, name: web}]`. Each may have `rules` and
+    `settings` of its own for the filter stage."""
+    rules: list[str] | None = None
+    """Rule sets of the filter stage, in the order in which they are asked; null takes those for each source's kind."""
     language: LanguageFilter = field(default_factory=LanguageFilter)
     """Languages to keep; code is not asked."""
-    gopher_quality: GopherQuality = field(default_factory=GopherQuality)
-    """Rules of quality for prose (Rae et al. 2021); code is not asked, and books may have any number of words."""
     gopher_repetition: GopherRepetition = field(default_factory=GopherRepetition)
     """Rules against repetition for prose (Rae et al. 2021); code is not asked."""
+    gopher_quality: GopherQuality = field(default_factory=GopherQuality)
+    """Rules of quality for prose (Rae et al. 2021); code is not asked, and books may have any number of words."""
     exact: exact.ExactDedup = field(default_factory=exact.ExactDedup)
     """Removal of exact duplicates."""
     near: minhash.MinHashDedup = field(default_factory=minhash.MinHashDedup)
@@ -68,6 +89,30 @@ class CurationSettings:
             )
         if not 0 <= self.set_aside_share <= 1:
             raise ValueError(f"set_aside_share is {self.set_aside_share}; it has to lie between 0 and 1")
+        for source in self.sources:
+            for rule in rules_for(self, source).values():
+                rule.validate()
+
+
+def rules_for(settings: CurationSettings, source: Source) -> dict[str, Any]:
+    """The filter stage's rule sets for a source by name, in order: its own, else the settings', else its kind's.
+
+    Raises:
+        ValueError: a rule set or a setting of the source is not known.
+    """
+    wanted = source.rules if source.rules is not None else settings.rules
+    names = _KIND_RULES.get(source.kind, _PROSE) if wanted is None else wanted
+    where = f"rules of the source {source.label}" if source.rules is not None else "rules"
+    if unknown := [name for name in names if name not in RULES]:
+        raise ValueError(f"{where}: {', '.join(unknown)} not known; there are {', '.join(RULES)}")
+    rules = {name: getattr(settings, name) for name in names}
+    for key, value in {**_KIND_SETTINGS.get(source.kind, {}), **source.settings}.items():
+        name, _, threshold = key.partition(".")
+        if name not in RULES or threshold not in {f.name for f in dataclasses.fields(getattr(settings, name))}:
+            raise ValueError(f"settings of the source {source.label}: {key} is not a setting of a rule set")
+        if name in rules:
+            rules[name] = dataclasses.replace(rules[name], **{threshold: value})
+    return {name: rule for name, rule in rules.items() if rule.enabled}
 
 
 def final_corpus(corpus: str) -> tuple[str, dict[str, Any]]:
@@ -76,18 +121,19 @@ def final_corpus(corpus: str) -> tuple[str, dict[str, Any]]:
     Raises:
         FileNotFoundError: curation has not finished, or was started anew and did not get to its end.
     """
-    folder = storage.join(corpus, STAGES[-1])
-    last = require_manifest(folder, "curate")
-    after = last
-    for name in reversed(STAGES[:-1]):
-        before = read_manifest(storage.join(corpus, name))
-        if before is None or after["inputs"].get(name) != before["fingerprint"]:
-            raise FileNotFoundError(
-                f"{corpus}: stage {after['stage']} was made from an older or unfinished {name}; "
-                "run `ingot curate` again"
-            )
-        after = before
-    return folder, last
+    made = require_manifest(corpus, "curate")["stages"]
+    for name, fingerprint in made.items():
+        manifest = read_manifest(storage.join(corpus, name))
+        if manifest is None or manifest["fingerprint"] != fingerprint:
+            raise FileNotFoundError(f"{corpus}: stage {name} is unfinished or newer; run `ingot curate` again")
+    return storage.join(corpus, name), manifest
+
+
+def stage_manifests(corpus: str) -> dict[str, dict[str, Any]]:
+    """Manifests of the stages that made the corpus, or of those that are finished where it is not, in order."""
+    made = read_manifest(corpus)
+    found = {name: read_manifest(storage.join(corpus, name)) for name in (made["stages"] if made else STAGES)}
+    return {name: manifest for name, manifest in found.items() if manifest is not None}
 
 
 def curate(corpus: str, settings: CurationSettings) -> dict[str, dict[str, Any]]:
@@ -98,98 +144,127 @@ def curate(corpus: str, settings: CurationSettings) -> dict[str, dict[str, Any]]
         settings: sources, rules and dedup.
 
     Returns:
-        The manifests by stage.
+        The manifests by stage, in order.
 
     Raises:
         FileNotFoundError: a source's path has no files.
     """
-    manifests = {"extract": _extract_stage(storage.join(corpus, "extract"), settings)}
-    share = settings.set_aside_share
-    rules = {name: getattr(settings, name) for name in ("language", "gopher_quality", "gopher_repetition")}
-    plain = {name: asdict(rule) for name, rule in rules.items()}
-    stage = _next_stage(corpus, "filter", "extract", manifests["extract"], {**plain, "set_aside_share": share})
-    manifests["filter"] = _run(
-        stage,
-        corpus,
-        manifests["extract"],
-        _filter,
-        lambda part: {**rules_for(part["kind"], **rules), "prose": part["kind"] != "code"},
-        share,
-    )
-    for name, before, dedup in (("exact", "filter", settings.exact), ("near", "exact", settings.near)):
-        stage = _next_stage(corpus, name, before, manifests[before], {**asdict(dedup), "set_aside_share": share})
-        manifests[name] = _run(
-            stage,
-            corpus,
-            manifests[before],
-            _drop,
-            lambda part, folder=stage.folder: {"duplicates": storage.join(folder, "_duplicates", part["file"])},
-            share,
-            prepare=lambda parts, folder=stage.folder, dedup=dedup: _find_duplicates(parts, folder, dedup),
-            reason=f"{name} duplicate",
+    graph = _Graph(corpus, settings)
+    graph.extract()
+    graph.filter()
+    graph.dedup("exact", exact, settings.exact)
+    graph.dedup("near", minhash, settings.near)
+    return graph.publish()
+
+
+class _Graph:
+    """The stages that were run, each on the last of them."""
+
+    def __init__(self, corpus: str, settings: CurationSettings) -> None:
+        self.corpus, self.settings = corpus, settings
+        self.manifests: dict[str, dict[str, Any]] = {}
+
+    def extract(self) -> None:
+        """Sources to documents."""
+        units = sources.discover(self.settings.sources)
+        listing = json.dumps([[unit.name, unit.files, unit.bytes, unit.changed] for unit in units])
+        plain = [asdict(source) for source in self.settings.sources]
+        reading = [{k: v for k, v in source.items() if k not in ("rules", "settings", "weight")} for source in plain]
+        stage = Stage(
+            "extract",
+            storage.join(self.corpus, "extract"),
+            {"sources": reading, "set_aside_share": self.settings.set_aside_share},
+            {"files": xxhash.xxh3_128_hexdigest(listing.encode())},
         )
-        storage.delete(storage.join(stage.folder, "_duplicates"))
-    return manifests
+        works = [
+            Unit(
+                f"part-{i:05d}",
+                {"unit": unit},
+                {"kind": unit.source.kind, "source": self.settings.sources.index(unit.source)},
+                unit.bytes * (_EXPANSION if unit.files[0].endswith((".gz", ".zst")) else 1),
+            )
+            for i, unit in enumerate(units)
+        ]
+        self.manifests["extract"] = self._finish(stage, lambda: works, _extract)
 
+    def filter(self) -> None:
+        """Documents that the rules of their source let through."""
+        chains = [rules_for(self.settings, source) for source in self.settings.sources]
+        plain = [[[name, asdict(rule)] for name, rule in chain.items()] for chain in chains]
+        stage = self._stage("filter", {"rules": plain})
+        self._parts(stage, filter_part, lambda part: {"chain": list(chains[part["source"]].values())})
 
-def rules_for(kind: str, gopher_quality: GopherQuality, **rules: Any) -> dict[str, Any]:
-    """The filter stage's rules for a kind of source: a book is a whole work, so its length has no upper bound."""
-    if kind == "books":
-        gopher_quality = replace(gopher_quality, max_words=sys.maxsize)
-    return {**rules, "gopher_quality": gopher_quality}
+    def dedup(self, name: str, module: Any, settings: Any) -> None:
+        """Documents without those that ``module.find_duplicates`` lists."""
+        if not settings.enabled:
+            return
+        stage = self._stage(name, asdict(settings))
+        found = storage.join(stage.folder, "_duplicates")
 
+        def prepare(parts: list[str]) -> None:
+            done = storage.join(found, "done.json")
+            if not storage.exists(done):
+                log.info("%s: looks for duplicates in %d parts", name, len(parts))
+                module.find_duplicates(parts, found, settings)
+                storage.write_json(done, {"parts": len(parts)})
 
-def _next_stage(corpus: str, name: str, before: str, manifest: dict[str, Any], settings: dict[str, Any]) -> Stage:
-    return Stage(name, storage.join(corpus, name), settings, {before: manifest["fingerprint"]})
+        self._parts(
+            stage,
+            _drop,
+            lambda part: {"duplicates": storage.join(found, part["file"]), "reason": f"{name} duplicate"},
+            prepare,
+        )
+        storage.delete(found)
 
+    def publish(self) -> dict[str, dict[str, Any]]:
+        """Say which stages made the corpus."""
+        stages = {name: manifest["fingerprint"] for name, manifest in self.manifests.items()}
+        if (read_manifest(self.corpus) or {}).get("stages") != stages:
+            storage.write_json(storage.join(self.corpus, MANIFEST), {"stages": stages})
+        return self.manifests
 
-def _run(
-    stage: Stage,
-    corpus: str,
-    before: dict[str, Any],
-    work: Callable[..., Iterator[Output]],
-    arguments: Callable[[dict[str, Any]], dict[str, Any]],
-    share: float,
-    *,
-    prepare: Callable[[list[str]], None] | None = None,
-    **common: Any,
-) -> dict[str, Any]:
-    """Run one stage part by part over the stage before, unless it is up to date."""
-    if manifest := stage.finished():
-        log.info("%s: up to date, nothing to do", stage.name)
-        return manifest
-    uris = part_uris(storage.join(corpus, before["stage"]), before)
-    if prepare is not None:
-        stage.begin()
-        prepare(uris)
-    units = [
-        Unit(part["file"].removesuffix(".parquet"), {"part": uri, **arguments(part), **common}, {"kind": part["kind"]})
-        for part, uri in zip(before["parts"], uris, strict=True)
-    ]
-    return run_stage(stage, units, work, set_aside_share=share)
+    def _stage(self, name: str, settings: dict[str, Any]) -> Stage:
+        before, manifest = list(self.manifests.items())[-1]
+        settings = {**settings, "set_aside_share": self.settings.set_aside_share}
+        return Stage(name, storage.join(self.corpus, name), settings, {before: manifest["fingerprint"]})
+
+    def _parts(
+        self,
+        stage: Stage,
+        work: Callable[..., Iterator[Output]],
+        arguments: Callable[[dict[str, Any]], dict[str, Any]],
+        prepare: Callable[[list[str]], None] | None = None,
+    ) -> None:
+        """Run a stage part by part over the stage before."""
+        before = list(self.manifests.values())[-1]
+        began = time.monotonic()
+
+        def units() -> list[Unit]:
+            uris = part_uris(storage.join(self.corpus, before["stage"]), before)
+            if prepare is not None:
+                stage.begin()
+                prepare(uris)
+                log.info("%s: searched in %.1f s", stage.name, time.monotonic() - began)
+            return [
+                Unit(
+                    part["file"].removesuffix(".parquet"),
+                    {"part": uri, **arguments(part)},
+                    {"kind": part["kind"], "source": part["source"]},
+                    part["bytes"],
+                )
+                for part, uri in zip(before["parts"], uris, strict=True)
+            ]
+
+        self.manifests[stage.name] = self._finish(stage, units, work)
+
+    def _finish(self, stage: Stage, units: Callable[[], list[Unit]], work: Callable[..., Any]) -> dict[str, Any]:
+        if manifest := stage.finished():
+            log.info("%s: up to date, nothing to do", stage.name)
+            return manifest
+        return run_stage(stage, units(), work, set_aside_share=self.settings.set_aside_share)
 
 
 # extract: sources to documents
-
-
-def _extract_stage(folder: str, settings: CurationSettings) -> dict[str, Any]:
-    units = sources.discover(settings.sources)
-    listing = json.dumps([[unit.name, unit.files, unit.bytes, unit.changed] for unit in units])
-    stage = Stage(
-        "extract",
-        folder,
-        {"sources": [asdict(source) for source in settings.sources], "set_aside_share": settings.set_aside_share},
-        {"files": xxhash.xxh3_128_hexdigest(listing.encode())},
-    )
-    if manifest := stage.finished():
-        log.info("extract: up to date, nothing to do")
-        return manifest
-    return run_stage(
-        stage,
-        [Unit(f"part-{i:05d}", {"unit": unit}, {"kind": unit.source.kind}) for i, unit in enumerate(units)],
-        _extract,
-        set_aside_share=settings.set_aside_share,
-    )
 
 
 def _extract(unit: sources.Unit) -> Iterator[Output]:
@@ -226,74 +301,13 @@ def _extracted(rows: list[dict[str, Any]], bad: list[BadRecord], size: int, sour
     aside = set_aside_bad_records(bad, source)
     if pc.any(empty).as_py():
         aside = pa.concat_tables(
-            [aside, set_aside(table.filter(empty), [Verdict("empty: no text", 0.0, 1.0)] * len(rows))]
+            [aside, set_aside(table.filter(empty), [Verdict("empty: no text", 0.0, 1.0)] * pc.sum(empty).as_py())]
         )
         table = table.filter(pc.invert(empty))
     return Output(table, aside, len(rows) + len(bad), size)
 
 
-def set_aside(table: pa.Table, verdicts: list[Verdict], details: list[str] | None = None) -> pa.Table:
-    """Dropped documents as rows of SET_ASIDE_SCHEMA, each with its verdict (extra verdicts are ignored)."""
-    n = table.num_rows
-    verdicts = verdicts[:n]
-    columns = [
-        pa.array([v.reason for v in verdicts], pa.string()),
-        pa.array([v.value for v in verdicts], pa.float64()),
-        pa.array([v.threshold for v in verdicts], pa.float64()),
-        pa.nulls(n, pa.int64()),
-        pa.array(details, pa.string()) if details is not None else pa.nulls(n, pa.string()),
-    ]
-    return pa.table([*table.select(SCHEMA.names).columns, *columns], schema=SET_ASIDE_SCHEMA)
-
-
-# filter: language, quality, repetition
-
-
-def _filter(
-    part: str,
-    language: LanguageFilter,
-    gopher_quality: GopherQuality,
-    gopher_repetition: GopherRepetition,
-    prose: bool,
-) -> Iterator[Output]:
-    """Work of the filter stage: the first rule that a document breaks sets it aside; code passes as it is."""
-    for table in read_part(part, rows=_BATCH_DOCUMENTS):
-        size = text_bytes(table)
-        if not prose:
-            yield Output(table, None, table.num_rows, size)
-            continue
-        verdicts: list[Verdict | None] = []
-        codes, scores = [], []
-        for text in table["text"].to_pylist():
-            code, score = identify(text)
-            verdict = language.judge(code, score)
-            if verdict is None:
-                words = analyse(text)
-                verdict = gopher_quality.judge(words) or gopher_repetition.judge(words)
-            codes.append(code)
-            scores.append(score)
-            verdicts.append(verdict)
-        columns = dict(zip(SCHEMA.names, table.columns, strict=True))
-        columns |= {"language": pa.array(codes, pa.string()), "language_score": pa.array(scores, pa.float32())}
-        judged = pa.table(columns, schema=SCHEMA)
-        keep = pa.array([verdict is None for verdict in verdicts])
-        aside = set_aside(judged.filter(pc.invert(keep)), [v for v in verdicts if v is not None])
-        yield Output(judged.filter(keep), aside, table.num_rows, size)
-
-
 # exact, near: drop what the search for duplicates found
-
-
-def _find_duplicates(parts: list[str], folder: str, dedup: Any) -> None:
-    """Run a search for duplicates unless an earlier, killed run of the stage finished it."""
-    output = storage.join(folder, "_duplicates")
-    done = storage.join(output, "done.json")
-    if storage.exists(done):
-        return
-    module = exact if isinstance(dedup, exact.ExactDedup) else minhash
-    log.info("%s: looks for duplicates in %d parts", storage.file_name(folder), len(parts))
-    module.find_duplicates(parts, output, dedup)
-    storage.write_json(done, {"parts": len(parts)})
 
 
 def _drop(part: str, duplicates: str, reason: str) -> Iterator[Output]:
