@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jobs.charts import STYLE, Chart, byte_size, number, standalone
+from jobs.charts import Chart, byte_size, number, standalone
+from jobs.page import figure, folded, page, table, tiles
 from jobs.pictures import funnel_chart, loss_chart
 from jobs.run_folder import StoredRun, valid_steps
 from jobs.settings import ReportJob
@@ -51,16 +52,16 @@ def build_report(workspace: str, run: str) -> str:
     sections = [
         _headline(facts, rows, events),
         *_charts(rows, events, ledger["skips"]),
-        _table("What happened", *_event_rows(events, all_of_them=False)),
-        _folded(f"All events ({len(events)})", _table("", *_event_rows(events, all_of_them=True))),
+        table("What happened", *_event_rows(events, all_of_them=False)),
+        folded(f"All events ({len(events)})", table("", *_event_rows(events, all_of_them=True))),
         _samples(folder.read_json("samples.json") or []),
         _evaluations(workspace, run),
         _data(workspace, manifests),
         _sweeps(workspace),
         _checkpoints(ledger),
-        _folded("Settings", f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre>"),
+        folded("Settings", f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre>"),
     ]
-    folder.write_text(REPORT, _page(f"{run}: Ingot run", "\n".join(sections)))
+    folder.write_text(REPORT, page(f"{run}: Ingot run", "\n".join(sections)))
     return folder.uri(REPORT)
 
 
@@ -87,35 +88,34 @@ def _headline(facts: dict[str, Any], rows: list[dict[str, Any]], events: list[di
     state = "unfinished"
     if ended is not None:
         state = "finished" if ended["event"] == "end" else "stopped"
-    tiles = [("parameters", number(facts.get("n_params", 0)))]
+    told = [("parameters", number(facts.get("n_params", 0)))]
     if train:
         final = train[max(train)]
         tail = [row["loss"] for row in list(train.values())[-max(1, len(train) // 50) :]]
-        tiles += [
+        told += [
             ("steps", f"{max(train):,}"),
             ("tokens seen", number(final.get("tokens") or 0)),
             ("training loss", f"{train[min(train)]['loss']:.3f} → {sum(tail) / len(tail):.3f}"),
         ]
         speeds = [row["tokens_per_second"] for row in train.values() if row.get("tokens_per_second")]
         if speeds:
-            tiles.append(("tokens per second (median)", number(float(np.median(speeds)))))
+            told.append(("tokens per second (median)", number(float(np.median(speeds)))))
         shares = [row["mfu"] for row in train.values() if row.get("mfu")]
         if shares:
-            tiles.append(("model FLOP/s utilization", f"{100 * float(np.median(shares)):.1f} %"))
+            told.append(("model FLOP/s utilization", f"{100 * float(np.median(shares)):.1f} %"))
     if validation:
         ends = validation[min(validation)], validation[max(validation)]
-        tiles.append(("validation loss", " → ".join(f"{row['validation_loss']:.3f}" for row in ends)))
-        tiles.append(("validation bits per byte", " → ".join(f"{row['validation_bits_per_byte']:.3f}" for row in ends)))
+        told.append(("validation loss", " → ".join(f"{row['validation_loss']:.3f}" for row in ends)))
+        told.append(("validation bits per byte", " → ".join(f"{row['validation_bits_per_byte']:.3f}" for row in ends)))
     count = [sum(event["event"] == kind for event in events) for kind in ("rollback", "resume")]
-    tiles.append(("recoveries", f"{_counted(count[0], 'rollback')}, {_counted(count[1], 'restart')}"))
+    told.append(("recoveries", f"{_counted(count[0], 'rollback')}, {_counted(count[1], 'restart')}"))
     began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["started"])) if facts.get("started") else ""
-    cells = "".join(f"<div><b>{html.escape(value)}</b><span>{name}</span></div>" for name, value in tiles)
     alert = f'<p class="alert">{html.escape(ended["diagnosis"])}</p>' if state == "stopped" else ""
     where = "" if "world_size" not in facts else f"{_counted(facts['world_size'], 'worker')} on {facts['device']}"
     return (
         f'<header><h1>{html.escape(str(facts.get("name", "run")))} <i class="{state}">{state}</i></h1>'
         f"<p>{html.escape(f'started {began}, {where}' if began else where)}</p></header>{alert}"
-        f'<div class="tiles">{cells}</div>'
+        f"{tiles(told)}"
     )
 
 
@@ -134,7 +134,7 @@ def _reading_help(events: list[dict[str, Any]], skips: list[list[int]]) -> str:
 def _charts(rows: list[dict[str, Any]], events: list[dict[str, Any]], skips: list[list[int]]) -> list[str]:
     if not rows:
         return []
-    loss = _figure("Training", loss_chart(rows, events, skips).svg(), _reading_help(events, skips))
+    loss = figure("Training", loss_chart(rows, events, skips).svg(), _reading_help(events, skips))
     charts = []
     for key, title, log_scale in (
         ("lr", "Learning rate", False),
@@ -190,7 +190,7 @@ def _checkpoints(ledger: dict[str, Any]) -> str:
         ]
         for entry in ledger["checkpoints"]
     ]
-    return _table("Checkpoints", ["step", "tokens", "loss", "status", "folder"], rows)
+    return table("Checkpoints", ["step", "tokens", "loss", "status", "folder"], rows)
 
 
 def _samples(samples: list[dict[str, str]]) -> str:
@@ -217,8 +217,8 @@ def _evaluations(workspace: str, run: str) -> str:
             for key, value in group.items():
                 if name and isinstance(value, dict):
                     lines = [[inner.replace("_", " "), _value(v)] for inner, v in value.items()]
-                    details.append(_folded(f"{name}: {key.replace('_', ' ')}", _table("", ["", ""], lines)))
-    return _table("Evaluation", ["", ""], rows) + "".join(details)
+                    details.append(folded(f"{name}: {key.replace('_', ' ')}", table("", ["", ""], lines)))
+    return table("Evaluation", ["", ""], rows) + "".join(details)
 
 
 def _data(workspace: str, manifests: dict[str, dict[str, Any]]) -> str:
@@ -240,9 +240,9 @@ def _data(workspace: str, manifests: dict[str, dict[str, Any]]) -> str:
             for stage, m in manifests.items()
             for reason, counts in sorted(m["set_aside"].items(), key=lambda item: -item[1]["documents"])
         ]
-        out.append(_figure("Data", funnel_chart(manifests), ""))
-        out.append(_table("", ["stage", "documents in", "out", "bytes in", "out", "kept"], rows))
-        out.append(_folded("Why documents went", _table("", ["stage", "reason", "documents", "bytes"], why)))
+        out.append(figure("Data", funnel_chart(manifests), ""))
+        out.append(table("", ["stage", "documents in", "out", "bytes in", "out", "kept"], rows))
+        out.append(folded("Why documents went", table("", ["stage", "reason", "documents", "bytes"], why)))
     uri = storage.join(workspace, "tokenizer", "manifest.json")
     rows = []
     if storage.exists(uri):
@@ -257,7 +257,7 @@ def _data(workspace: str, manifests: dict[str, dict[str, Any]]) -> str:
             m = storage.read_json(uri)
             told = f"{number(m['tokens'])} tokens of {m['documents']:,} documents, {byte_size(m['bytes'])} of text"
             rows.append([f"tokens, {split}", told])
-    out.append(_table("Tokens", ["", ""], rows))
+    out.append(table("Tokens", ["", ""], rows))
     return "".join(out)
 
 
@@ -276,74 +276,5 @@ def _sweeps(workspace: str) -> str:
         header = list(dict.fromkeys(key for trial in trials for key in trial))
         rows = [[_value(trial.get(key, "")) for key in header] for trial in trials]
         name = file.uri.rstrip("/").rsplit("/", 2)[-2]
-        out.append(_table(f"Sweep {name}", header, rows))
+        out.append(table(f"Sweep {name}", header, rows))
     return "".join(out)
-
-
-# The page
-
-
-def _figure(title: str, svg: str, note: str) -> str:
-    caption = f"<figcaption>{html.escape(note)}</figcaption>" if note else ""
-    return f"<section><h2>{html.escape(title)}</h2><figure>{svg}{caption}</figure></section>"
-
-
-def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    if not rows:
-        return ""
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows)
-    head = f"<thead><tr>{top}</tr></thead>" if any(header) else ""
-    heading = f"<h2>{html.escape(title)}</h2>" if title else ""
-    return f'<section>{heading}<div class="wide"><table>{head}<tbody>{body}</tbody></table></div></section>'
-
-
-def _cell(text: str) -> str:
-    is_number = bool(text) and text[0].isdigit() and not any(c.isalpha() for c in text.split(" ")[0][:-1])
-    css = "number" if is_number and len(text) < 14 else text if text in _STATES else ""
-    return f'<td class="{css}">{html.escape(text)}</td>' if css else f"<td>{html.escape(text)}</td>"
-
-
-_STATES = ("clean", "pending", "poisoned", "corrupt", "rollback", "resume", "worker_failure", "spike", "stop")
-
-
-def _folded(title: str, content: str) -> str:
-    return f"<details><summary>{html.escape(title)}</summary>{content}</details>" if content else ""
-
-
-_PAGE_STYLE = """
-body { margin: 0 auto; max-width: 1000px; padding: 1.5rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.7rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
-header p, figcaption { color: var(--soft); margin: .2rem 0 0; } figure { margin: 0; }
-h1 i { font: 600 .8rem system-ui; padding: .15rem .6rem; border-radius: 1rem; vertical-align: middle;
-  background: var(--panel); color: var(--soft); } h1 i.finished { color: var(--good); }
-h1 i.stopped { color: var(--rollback); }
-.alert { border-left: 4px solid var(--rollback); background: var(--panel); padding: .7rem 1rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.2rem 0; }
-.tiles div { background: var(--panel); border-radius: 8px; padding: .6rem .9rem; flex: 1 1 auto; }
-.tiles b { display: block; font-size: 1.05rem; white-space: nowrap; } .tiles span { color: var(--soft);
-  font-size: .8rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem;
-  margin-top: 1.2rem; }
-figure { overflow-x: auto; } svg { width: 100%; height: auto; } section > figure > svg { min-width: 620px; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; }
-th { text-align: left; color: var(--soft); font-weight: 500; } th, td { padding: .3rem .8rem .3rem 0;
-  border-bottom: 1px solid var(--grid); vertical-align: top; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.clean { color: var(--good); font-weight: 600; } td.poisoned, td.corrupt, td.rollback, td.spike, td.stop {
-  color: var(--rollback); font-weight: 600; } td.resume, td.worker_failure { color: var(--restart); font-weight: 600; }
-details { margin: 1rem 0; } summary { cursor: pointer; color: var(--soft); }
-pre, blockquote { background: var(--panel); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto;
-  font: .85rem/1.5 ui-monospace, monospace; white-space: pre-wrap; margin: .6rem 0; overflow-wrap: anywhere; }
-blockquote b { color: var(--train); }
-"""
-
-
-def _page(title: str, body: str) -> str:
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}{_PAGE_STYLE}</style></head><body>{body}</body></html>\n"
-    )

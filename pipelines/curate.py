@@ -22,6 +22,7 @@ import xxhash
 from pipelines import sources, storage
 from pipelines.dedup import exact, minhash
 from pipelines.documents import BadRecord, set_aside_bad_records, to_table
+from pipelines.extract import ExtractionError, Extractor, ExtractSettings
 from pipelines.filters import Verdict
 from pipelines.filters.chain import filter_part, set_aside
 from pipelines.filters.gopher import GopherQuality, GopherRepetition
@@ -45,6 +46,9 @@ log = logging.getLogger("ingot")
 STAGES = ("extract", "filter", "exact", "near")
 """All stages, in order; those that the settings switch off are left out."""
 
+CLUSTERS = "clusters.json"
+"""Below the folders of exact and near: clusters by size, and the largest ones."""
+
 RULES = ("language", "gopher_repetition", "gopher_quality")
 """The rule sets of the filter stage by the names of their settings, in the order in which they are asked by default."""
 
@@ -66,6 +70,8 @@ class CurationSettings:
     sources: list[Source] = field(default_factory=list)
     """What to read, such as `[{kind: warc, path: s3://bucket/crawl/*.warc.gz, name: web}]`. Each may have `rules` and
     `settings` of its own for the filter stage."""
+    extract: ExtractSettings = field(default_factory=ExtractSettings)
+    """How HTML becomes text."""
     rules: list[str] | None = None
     """Rule sets of the filter stage, in the order in which they are asked; null takes those for each source's kind."""
     language: LanguageFilter = field(default_factory=LanguageFilter)
@@ -173,13 +179,17 @@ class _Graph:
         stage = Stage(
             "extract",
             storage.join(self.corpus, "extract"),
-            {"sources": reading, "set_aside_share": self.settings.set_aside_share},
+            {
+                "sources": reading,
+                "extract": asdict(self.settings.extract),
+                "set_aside_share": self.settings.set_aside_share,
+            },
             {"files": xxhash.xxh3_128_hexdigest(listing.encode())},
         )
         works = [
             Unit(
                 f"part-{i:05d}",
-                {"unit": unit},
+                {"unit": unit, "settings": self.settings.extract},
                 {"kind": unit.source.kind, "source": self.settings.sources.index(unit.source)},
                 unit.bytes * (_EXPANSION if unit.files[0].endswith((".gz", ".zst")) else 1),
             )
@@ -267,44 +277,46 @@ class _Graph:
 # extract: sources to documents
 
 
-def _extract(unit: sources.Unit) -> Iterator[Output]:
+def _extract(unit: sources.Unit, settings: ExtractSettings) -> Iterator[Output]:
     """Work of the extract stage: records of a source to documents, HTML to text; what is malformed is set aside."""
-    from pipelines.extract import extract_text
-
-    rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     bad: list[BadRecord] = []
     size = 0
-    for record in sources.read(unit):
-        if isinstance(record, BadRecord):
-            bad.append(record)
-        else:
-            if "html" in record:
-                page = record.pop("html")
-                size += len(page)
-                try:
-                    record["text"] = extract_text(page, record.pop("content_type", None))
-                except Exception as error:  # one page must not end the job
-                    bad.append(BadRecord(record["path"], record.get("offset", -1), "html: not extracted", repr(error)))
-                    continue
+    with Extractor(settings) as extractor:
+        for record in sources.read(unit):
+            if isinstance(record, BadRecord):
+                bad.append(record)
             else:
-                size += len(record["text"].encode("utf-8", "surrogatepass"))
-            rows.append(record)
-        if len(rows) + len(bad) >= _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
-            yield _extracted(rows, bad, size, unit.source.label)
-            rows, bad, size = [], [], 0
-    yield _extracted(rows, bad, size, unit.source.label)
+                size += len(record["html"] if "html" in record else record["text"].encode("utf-8", "surrogatepass"))
+                records.append(record)
+            if len(records) + len(bad) >= _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
+                yield _extracted(records, bad, size, unit.source.label, extractor)
+                records, bad, size = [], [], 0
+        yield _extracted(records, bad, size, unit.source.label, extractor)
 
 
-def _extracted(rows: list[dict[str, Any]], bad: list[BadRecord], size: int, source: str) -> Output:
-    table = to_table(rows)
+def _extracted(
+    records: list[dict[str, Any]], bad: list[BadRecord], size: int, source: str, extractor: Extractor
+) -> Output:
+    pages = [record for record in records if "html" in record]
+    texts = extractor([(page.pop("html"), page.pop("content_type", None)) for page in pages]) if pages else []
+    failed = set()
+    for page, text in zip(pages, texts, strict=True):
+        if isinstance(text, ExtractionError):
+            bad.append(BadRecord(page["path"], page.get("offset", -1), text.reason, text.detail))
+            failed.add(id(page))
+        else:
+            page["text"] = text
+    seen = len(records) + len(bad) - len(failed)
+    table = to_table(record for record in records if id(record) not in failed)
     empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(table["text"])), 0)
     aside = set_aside_bad_records(bad, source)
     if pc.any(empty).as_py():
-        aside = pa.concat_tables(
-            [aside, set_aside(table.filter(empty), [Verdict("empty: no text", 0.0, 1.0)] * pc.sum(empty).as_py())]
-        )
+        gone = table.filter(empty)
+        verdicts = [Verdict("empty: no text", 0.0, 1.0)] * gone.num_rows
+        aside = pa.concat_tables([aside, set_aside(gone, verdicts)])
         table = table.filter(pc.invert(empty))
-    return Output(table, aside, len(rows) + len(bad), size)
+    return Output(table, aside, seen, size)
 
 
 # exact, near: drop what the search for duplicates found
