@@ -1,6 +1,6 @@
 """Real documents for the benchmarks, from files that a machine has: HTML pages, prose and source code below folders.
 
-    python tests/benchmarks/corpus.py FOLDER... --output DIR [--each 1500] [--seed 0]
+    python -m tests.benchmarks.corpus FOLDER... --output DIR [--each 1500] [--seed 0]
 
 writes ``DIR/pages.warc.gz`` (the HTML files as responses of a web server), ``DIR/documents.jsonl`` (text of the pages
 as Ingot extracts it, prose files, and code; fields id, text, kind), and ``DIR/code.tar``. From every folder at most

@@ -1,8 +1,8 @@
 """Curation against datatrove, on the same documents, on the same cores, in the same run: a table of ratios.
 
     python -m venv /tmp/datatrove && /tmp/datatrove/bin/pip install 'datatrove[processing,io]==0.10.1' spacy
-    python tests/benchmarks/corpus.py FOLDER... --output /tmp/corpus
-    python tests/benchmarks/curation.py --corpus /tmp/corpus --peer /tmp/datatrove/bin/python
+    python -m tests.benchmarks.corpus FOLDER... --output /tmp/corpus
+    python -m tests.benchmarks.curation --corpus /tmp/corpus --peer /tmp/datatrove/bin/python
 
 Stages of one core are timed in CPU seconds, over slices of the corpus that both take in turn; the ratio is the median
 over the slices. The whole curation is timed by the clock, on two cores.
@@ -206,6 +206,7 @@ def batches(texts: list[str]) -> Iterator[pa.Table]:
 def split(corpus: str, folder: str, files: int, limit: int | None) -> int:
     """The corpus' documents, cut into files; how many they are."""
     count = 0
+    os.makedirs(folder, exist_ok=True)
     outputs = [open(os.path.join(folder, f"{i:02d}.jsonl"), "w") for i in range(files)]  # noqa: SIM115
     with open(os.path.join(corpus, "documents.jsonl")) as file:
         for line in file:
