@@ -23,8 +23,8 @@ STOP = 1 << 7  # ends a sentence
 TERMINAL = 1 << 8  # ends a line, for FineWeb's rule
 PREFIX = 1 << 9  # comes off the front of a word
 SUFFIX = 1 << 10  # comes off its end
-LOWER = 1 << 11  # letters that are not upper case
-UPPER = 1 << 12  # letters that are not lower case
+LOWER = 1 << 11  # letters in lower case, or without case
+UPPER = 1 << 12  # letters in upper case, or without case
 QUOTE = 1 << 13
 DOTTED = 1 << 14  # a full stop after one of these comes off the end of a word
 ICON = 1 << 15  # symbols such as emoji, which cut a word wherever they stand
@@ -60,7 +60,7 @@ _PUNCT_MARKS = (
     "21 23 26 28-2A 2C 3A-3C 3E-3F 5B 5D 5F 7B 7D A1 B7 BF 60C 61B 61F 66A 6D4 964 2026 3001-3002 FF01 FF0C FF1A-FF1B "
     "FF1F FF5E"
 )
-_QUOTE_MARKS = "22 27 2C 60 AB B4 BB 2018-201A 201C-201E 27E6-27E7 3008-3011 3014-3015 FF08-FF09"
+_QUOTE_MARKS = "22 27 2C 60 AB B4 BB 2018-201A 201C-201E 2329-232A 27E6-27E7 3008-3011 3014-3015 FF08-FF09"
 _DASHES = "2013 2014"
 _CURRENCIES = "$£¥฿﷼" + "".join(map(chr, range(0x20A0, 0x20C0)))
 
@@ -91,9 +91,9 @@ def flags() -> np.ndarray:
         flag = 0
         if category[0] == "L":
             flag = LETTER | SOLID
-            if category not in ("Lu", "Lt"):
+            if category in ("Ll", "Lo"):
                 flag |= LOWER
-            if category != "Ll":
+            if category in ("Lu", "Lt", "Lo"):
                 flag |= UPPER
         elif category[0] == "M":
             flag = MARK | SOLID
@@ -127,7 +127,7 @@ def flags() -> np.ndarray:
     mark("§%=" + _CURRENCIES, PREFIX)
     mark(_CURRENCIES, CURRENCY)
     mark("0123456789", DIGIT | DOTTED)
-    mark("%²-+|\\?:", DOTTED)
+    mark("%²-+|?:", DOTTED)
     mark([*_ranges(_DASHES), ord("-"), ord("~")], HYPHEN)
     table[table & ICON != 0] |= np.uint32(PREFIX | SUFFIX)
     table[table & LOWER != 0] |= np.uint32(DOTTED)

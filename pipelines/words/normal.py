@@ -13,13 +13,12 @@ import pyarrow as pa
 from numba import njit
 
 from pipelines.words import characters
+from pipelines.words.codes import PRIME, SEED, decode, mix
 from pipelines.words.columns import buffers
 
 _SOLID = characters.SOLID
 _MARK = characters.MARK
 _SINGLE = characters.SINGLE
-_SEED = np.uint64(0xCBF29CE484222325)
-_PRIME = np.uint64(0x9E3779B97F4A7C15)
 _STEP = np.uint64(0xD6E8FEB86659FD93)
 
 
@@ -85,32 +84,6 @@ def shingles(column: pa.Array | pa.ChunkedArray, n: int) -> tuple[np.ndarray, np
 
 
 @njit(cache=True, nogil=True)
-def _mix(x):
-    """The finalizer of splitmix64 (Steele et al. 2014): every input bit changes every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@njit(cache=True, nogil=True)
-def _decode(data, i, end):
-    """The code point at byte i and its bytes; whatever is not UTF-8 is U+FFFD, a byte long."""
-    first = np.int64(data[i])
-    if first < 0x80:
-        return first, 1
-    if 0xC0 <= first < 0xE0 and i + 1 < end:
-        return ((first & 0x1F) << 6) | (np.int64(data[i + 1]) & 0x3F), 2
-    if 0xE0 <= first < 0xF0 and i + 2 < end:
-        return ((first & 0x0F) << 12) | ((np.int64(data[i + 1]) & 0x3F) << 6) | (np.int64(data[i + 2]) & 0x3F), 3
-    if 0xF0 <= first < 0xF8 and i + 3 < end:
-        code = ((first & 0x07) << 18) | ((np.int64(data[i + 1]) & 0x3F) << 12)
-        code |= ((np.int64(data[i + 2]) & 0x3F) << 6) | (np.int64(data[i + 3]) & 0x3F)
-        if code < 0x110000:
-            return code, 4
-    return 0xFFFD, 1
-
-
-@njit(cache=True, nogil=True)
 def _cut(data, offsets, flags, lower, hashes, starts, ends, counts):
     n = 0
     for d in range(len(offsets) - 1):
@@ -118,26 +91,26 @@ def _cut(data, offsets, flags, lower, hashes, starts, ends, counts):
         i = begin
         start = np.int64(-1)
         single = False
-        h = _SEED
+        h = SEED
         while True:
             code, size, flag = np.int64(0), 1, np.uint32(0)
             if i < end:
                 code = np.int64(data[i])
                 if code >= 0x80:
-                    code, size = _decode(data, i, end)
+                    code, size = decode(data, i, end)
                 flag = flags[code]
             solid = (flag & _SOLID) != 0
             if start >= 0 and (not solid or ((flag & _MARK) == 0 and (single or (flag & _SINGLE) != 0))):
-                hashes[n], starts[n], ends[n] = _mix(h), start - begin, i - begin
+                hashes[n], starts[n], ends[n] = mix(h), start - begin, i - begin
                 n += 1
                 start = -1
             if i >= end:
                 break
             if solid:
                 if start < 0:
-                    start, h = i, _SEED
+                    start, h = i, SEED
                     single = (flag & _SINGLE) != 0
-                h = (h ^ np.uint64(lower[code])) * _PRIME
+                h = (h ^ np.uint64(lower[code])) * PRIME
             i += size
         counts[d + 1] = n
 
@@ -158,8 +131,8 @@ def _ngrams(hashes, offsets, out_offsets, n):
                 gram -= hashes[i - n] * top
             gram = gram * _STEP + hashes[i]
             if i >= first + n - 1:
-                out[at] = _mix(gram)
+                out[at] = mix(gram)
                 at += 1
         if last - first < n:
-            out[at] = _mix(gram)
+            out[at] = mix(gram)
     return out
