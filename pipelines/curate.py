@@ -26,6 +26,7 @@ from pipelines.extract import ExtractionError, Extractor, ExtractSettings
 from pipelines.filters import Verdict
 from pipelines.filters.chain import filter_part, set_aside
 from pipelines.filters.gopher import GopherQuality, GopherRepetition
+from pipelines.filters.url import UrlRules
 from pipelines.language import LanguageFilter
 from pipelines.sources import Source
 from pipelines.stage import (
@@ -49,11 +50,12 @@ STAGES = ("extract", "filter", "exact", "near")
 CLUSTERS = "clusters.json"
 """Below the folders of exact and near: clusters by size, and the largest ones."""
 
-RULES = ("language", "gopher_repetition", "gopher_quality")
+RULES = ("url", "language", "gopher_repetition", "gopher_quality")
 """The rule sets of the filter stage by the names of their settings, in the order in which they are asked by default."""
 
 _PROSE = ("language", "gopher_repetition", "gopher_quality")
-_KIND_RULES = {"warc": _PROSE, "wet": _PROSE, "code": ()}
+_WEB = ("url", "language", "gopher_repetition", "gopher_quality")
+_KIND_RULES = {"warc": _WEB, "wet": _WEB, "code": ()}
 _KIND_SETTINGS: dict[str, dict[str, Any]] = {
     "books": {"gopher_quality.max_words": sys.maxsize},  # a book is a whole work
 }
@@ -74,6 +76,8 @@ class CurationSettings:
     """How HTML becomes text."""
     rules: list[str] | None = None
     """Rule sets of the filter stage, in the order in which they are asked; null takes those for each source's kind."""
+    url: UrlRules = field(default_factory=UrlRules)
+    """Lists of domains, addresses and words that pages must not come from (Penedo et al. 2023)."""
     language: LanguageFilter = field(default_factory=LanguageFilter)
     """Languages to keep; code is not asked."""
     gopher_repetition: GopherRepetition = field(default_factory=GopherRepetition)
@@ -201,7 +205,14 @@ class _Graph:
         """Documents that the rules of their source let through."""
         chains = [rules_for(self.settings, source) for source in self.settings.sources]
         plain = [[[name, asdict(rule)] for name, rule in chain.items()] for chain in chains]
-        stage = self._stage("filter", {"rules": plain})
+        # The files that rules read are inputs too.
+        files = {
+            f"{i} {name}": rule.fingerprint()
+            for i, chain in enumerate(chains)
+            for name, rule in chain.items()
+            if hasattr(rule, "fingerprint")
+        }
+        stage = self._stage("filter", {"rules": plain}, files)
         self._parts(stage, filter_part, lambda part: {"chain": list(chains[part["source"]].values())})
 
     def dedup(self, name: str, module: Any, settings: Any) -> None:
@@ -233,10 +244,11 @@ class _Graph:
             storage.write_json(storage.join(self.corpus, MANIFEST), {"stages": stages})
         return self.manifests
 
-    def _stage(self, name: str, settings: dict[str, Any]) -> Stage:
+    def _stage(self, name: str, settings: dict[str, Any], files: dict[str, str] | None = None) -> Stage:
         before, manifest = list(self.manifests.items())[-1]
         settings = {**settings, "set_aside_share": self.settings.set_aside_share}
-        return Stage(name, storage.join(self.corpus, name), settings, {before: manifest["fingerprint"]})
+        inputs = {before: manifest["fingerprint"], **(files or {})}
+        return Stage(name, storage.join(self.corpus, name), settings, inputs)
 
     def _parts(
         self,
