@@ -1,8 +1,11 @@
 """Deduplication: which rows of a corpus repeat another, found without ever collecting the corpus in one place.
 
-Documents are named by *nodes*, ``part index << 32 | row``, so that eight bytes stand for a document and the order of
-nodes is the order of the corpus. The smallest node of each set of duplicates stays. Both kinds, exact and near, write
-for each part with duplicates one Parquet file of DUPLICATES_SCHEMA.
+Documents are named by *nodes*, ``file index << 32 | row``, so that eight bytes stand for a document and the order of
+nodes is the order of the corpus; documents of corpora that were published before come first. Exact and near search
+write for each part with duplicates one Parquet file of DUPLICATES_SCHEMA.
+
+Memory is bounded by the partition, not by the corpus or by what its documents have in common: a value that very many
+rows share (a text that half the web repeats) is found by counting first and is not brought together in one place.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ log = logging.getLogger("ingot")
 DUPLICATES_SCHEMA = pa.schema([("row", pa.int64()), ("duplicate_of", pa.string()), ("similarity", pa.float64())])
 """Row within the part, id of the document that is kept in its place, and how similar the two are (0 to 1)."""
 
-_PARTITION_BYTES = 128 << 20
+PARTITION_BYTES = 128 << 20
+"""About what a partition holds; below it, data is cut up in one task instead of by Ray Data's hash shuffle."""
 
 
-def nodes(part: int, rows: np.ndarray) -> np.ndarray:
-    """Nodes of rows of a part, int64."""
-    return (part << 32) + np.asarray(rows, np.int64)
+def nodes(file: int, rows: np.ndarray) -> np.ndarray:
+    """Nodes of rows of a file, int64."""
+    return (file << 32) + np.asarray(rows, np.int64)
 
 
 def part_names(parts: list[str]) -> list[str]:
@@ -57,15 +61,56 @@ def for_parts(parts: list[str], work: Callable[[int, str], Iterator[pa.Table]]) 
     return compact(ray.data.from_items(items, override_num_blocks=max(1, len(items))).map_batches(run, batch_size=1))
 
 
-def map_blocks(data: Dataset, function: Callable[[pa.Table], pa.Table]) -> Dataset:
+def map_blocks(data: Dataset, function: Callable[[pa.Table], pa.Table | Iterator[pa.Table]]) -> Dataset:
     """``function`` of every block that has rows; after ``shuffle`` a block is a whole partition."""
     return data.map_batches(function, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
 
 
-def shuffle(data: Dataset, column: str, partitions: int) -> Dataset:
-    """Rows with the same value in ``column`` brought together in one of ``partitions`` blocks."""
-    # One block needs no hashing, and the shuffle's own worker processes take seconds to start.
-    return data.repartition(1) if partitions == 1 else data.repartition(partitions, keys=[column])
+def shuffle(data: Dataset, name: str, partitions: int) -> Dataset:
+    """Rows with the same value in a column of whole numbers brought together in one of ``partitions`` blocks.
+
+    Args:
+        data: materialized, as ``compact`` returns it.
+        name: of the column.
+        partitions: blocks; those that stay empty are left out where the data is small.
+    """
+    if partitions == 1:
+        return data.repartition(1)
+    if data.size_bytes() > PARTITION_BYTES:
+        return data.repartition(partitions, keys=[name])
+    # The hash shuffle's own worker processes take seconds to start; what fits one partition is cut up at once.
+    import ray
+
+    def cut(*blocks: pa.Table) -> list:
+        table = pa.concat_tables(blocks)
+        where = mix(column(table, name)) % np.uint64(partitions)
+        table = table.take(np.argsort(where, kind="stable"))
+        counts = np.bincount(where.astype(np.int64), minlength=partitions)
+        starts = np.cumsum(counts) - counts
+        slices = [table.slice(start, count) for start, count in zip(starts.tolist(), counts.tolist(), strict=True)]
+        return [counts, *slices]
+
+    counts, *blocks = ray.remote(cut).options(num_returns=partitions + 1).remote(*_blocks(data))
+    return _from_blocks([block for block, rows in zip(blocks, ray.get(counts).tolist(), strict=True) if rows])
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """Whole numbers scattered over 64 bits, uint64."""
+    x = x.astype(np.uint64)
+    x ^= x >> np.uint64(32)
+    x *= np.uint64(0xD6E8FEB86659FD93)
+    x ^= x >> np.uint64(32)
+    return x
+
+
+def _blocks(data: Dataset) -> list:
+    return [ref for bundle in data.iter_internal_ref_bundles() for ref in bundle.block_refs]
+
+
+def _from_blocks(blocks: list) -> Dataset:
+    import ray
+
+    return ray.data.from_arrow_refs(blocks) if blocks else ray.data.from_arrow(pa.table({}))
 
 
 def compact(data: Dataset) -> Dataset:
@@ -74,8 +119,6 @@ def compact(data: Dataset) -> Dataset:
     Ray Data passes empty blocks on without calling the function that was to give them their columns, and a later
     shuffle fails on the difference.
     """
-    import ray
-
     data = data.materialize()
     blocks = [
         (block, metadata.num_rows)
@@ -84,97 +127,33 @@ def compact(data: Dataset) -> Dataset:
     ]
     if all(rows for _, rows in blocks):
         return data
-    filled = [block for block, rows in blocks if rows]
-    return ray.data.from_arrow_refs(filled) if filled else ray.data.from_arrow(pa.table({}))
+    return _from_blocks([block for block, rows in blocks if rows])
+
+
+def union(*data: Dataset) -> Dataset:
+    """All rows of materialized data sets with the same columns; those without rows are left out."""
+    filled = [one for one in data if one.count()]
+    return _from_blocks([block for one in filled for block in _blocks(one)])
 
 
 def total(data: Dataset, name: str) -> int:
-    """Sum of a column of whole numbers; one number a block comes to the driver."""
+    """Sum of a column of whole numbers or of truths; one number a block comes to the driver."""
     sums = map_blocks(data, lambda table: pa.table({"sum": pa.array([column(table, name).sum()], pa.int64())}))
     return sum(row["sum"] for row in sums.iter_rows())
 
 
+def collect(data: Dataset) -> pa.Table:
+    """A data set known to be small as one table."""
+    import ray
+
+    return pa.concat_tables([ray.get(block) for block in _blocks(data.materialize())])
+
+
 def partitions_for(data: Dataset, wanted: int | None) -> int:
     """How many partitions to shuffle a materialized data set into: as wanted, else one for each 128 MB."""
-    return wanted or max(1, -(-data.size_bytes() // _PARTITION_BYTES))
+    return wanted or max(1, -(-data.size_bytes() // PARTITION_BYTES))
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:
     """A column without nulls as an array."""
     return table[name].to_numpy()
-
-
-def attach(
-    data: Dataset,
-    node: str,
-    parts: list[str],
-    partitions: int,
-    look_up: Callable[[str, pa.Table, np.ndarray], pa.Table],
-) -> Dataset:
-    """Bring rows to the part that holds their document ``node``, reading every part once.
-
-    Args:
-        data: with a column ``node`` of nodes.
-        node: name of that column.
-        parts: URIs of the parts.
-        partitions: blocks to shuffle into.
-        look_up: ``(part, rows of data for this part, their row numbers in it)`` to the table that takes their place.
-    """
-    where = f"part_of_{node}"
-
-    def with_part(table: pa.Table) -> pa.Table:
-        return table.append_column(where, pa.array(column(table, node) >> 32))
-
-    def visit(table: pa.Table) -> pa.Table:
-        part = column(table, where)
-        table = table.drop_columns(where)
-        found = [
-            look_up(parts[p], table.filter(pa.array(part == p)), column(table, node)[part == p] & 0xFFFFFFFF)
-            for p in np.unique(part).tolist()
-        ]
-        return pa.concat_tables(found)
-
-    if not data.count():
-        return data
-    partitions = min(partitions, len(parts))
-    return compact(map_blocks(shuffle(map_blocks(data, with_part), where, partitions), visit))
-
-
-def write_duplicates(labels: Dataset, parts: list[str], output: str, partitions: int) -> int:
-    """Write a file for each part that has duplicates.
-
-    Args:
-        labels: columns node, root (int64) and similarity (float64); one row for each document to drop.
-        parts: URIs of the corpus parts.
-        output: folder of the files, which get the names of the parts.
-        partitions: blocks to shuffle into.
-
-    Returns:
-        How many documents are to be dropped.
-    """
-
-    def with_id(part: str, table: pa.Table, rows: np.ndarray) -> pa.Table:
-        return table.append_column("duplicate_of", read_rows(part, "id", rows).cast(pa.string()))
-
-    def write(part: str, table: pa.Table, rows: np.ndarray) -> pa.Table:
-        columns = {"row": rows, "duplicate_of": table["duplicate_of"], "similarity": table["similarity"]}
-        found = pa.table(columns, DUPLICATES_SCHEMA).take(np.argsort(rows))
-        with storage.parquet_writer(storage.join(output, storage.file_name(part)), DUPLICATES_SCHEMA) as out:
-            out.write_table(found)
-        return pa.table({"written": pa.array([len(rows)], pa.int64())})
-
-    named = attach(labels, "root", parts, partitions, with_id)
-    return total(attach(named, "node", parts, partitions, write), "written") if named.count() else 0
-
-
-def read_rows(uri: str, name: str, rows: np.ndarray) -> pa.Array:
-    """Values of one column of a Parquet file at some rows, in the order of ``rows``; reads that column once."""
-    wanted = np.unique(rows)
-    chunks, start = [], 0
-    for batch in storage.open_parquet(uri).iter_batches(columns=[name], batch_size=8192):
-        low, high = np.searchsorted(wanted, (start, start + len(batch)))
-        if high > low:
-            chunks.append(batch.column(0).take(pa.array(wanted[low:high] - start)))
-        start += len(batch)
-    values = pa.chunked_array(chunks).combine_chunks()
-    return values.take(pa.array(np.searchsorted(wanted, rows)))

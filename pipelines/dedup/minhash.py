@@ -1,8 +1,8 @@
 """Near-duplicate removal by MinHash and banded LSH (Broder 1997; Lee et al. 2021, section 4.2).
 
 Documents are shingled into word 5-grams, each signature is cut into bands, documents that agree on any whole band
-become an edge to the first of them, and the first document of each connected component stays. Two documents of
-Jaccard similarity s become an edge with probability ``1 - (1 - s**rows)**bands``.
+become an edge to the first of them, and one document of each connected component stays. Two documents of Jaccard
+similarity s become an edge with probability ``1 - (1 - s**rows)**bands``.
 
 Signatures are those of ``datasketch.MinHash`` (2.0, scheme affine32) with the same seed and the same 32-bit hash
 values of the shingles.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,34 +20,30 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.dedup import (
-    attach,
+    clusters,
     column,
     compact,
     for_parts,
+    groups,
+    keep,
     log,
     map_blocks,
     nodes,
-    part_names,
-    partitions_for,
-    read_rows,
-    shuffle,
-    write_duplicates,
+    published,
 )
-from pipelines.dedup.components import connected_components
-from pipelines.stage import read_part
-from pipelines.words import analyse, ngram_hashes
+from pipelines.dedup.rows import attach, begin, name_roots, read_rows, write_duplicates
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+VERIFY = ("none", "signature", "jaccard")
+
 _EMPTY = np.uint32(0xFFFFFFFF)
-_BLOCK = 1 << 15  # shingles at a time: 128 KB, so that a block and its permuted copy stay in the cache
-_ROWS = 512  # documents whose shingles are held at a time
 
 
 @dataclass
 class MinHashDedup:
-    """Drops documents that are nearly the same as an earlier one."""
+    """Drops documents that are nearly the same as another one, and keeps one."""
 
     enabled: bool = True
     """Whether near-duplicates are dropped."""
@@ -55,23 +51,46 @@ class MinHashDedup:
     """Similarity of two documents' shingles at which bands and rows are aimed; half of such pairs are found or more."""
     permutations: int = 112
     """Most hash functions of a signature; bands times rows of them are used."""
+    bands: int | None = None
+    """Bands of a signature, given together with rows in place of what follows from jaccard and permutations."""
+    rows: int | None = None
+    """Values of a band; two documents become a pair when they agree on all values of any band."""
     shingle: int = 5
     """Words of a shingle; words are runs of letters and digits, without regard to case."""
     seed: int = 1
     """Seed of the permutations."""
-    min_similarity: float = 0.0
-    """Pairs whose signatures agree in a smaller share are not linked; 0 links all that share a band."""
+    verify: str = "none"
+    """Whether pairs that share a band are looked at again: `none`, by the share of the `signature` in which they agree,
+    or by the true `jaccard` similarity of their shingles, for which the documents are read once more. Pairs with a
+    published document, whose text is not at hand, are compared by signature in both cases."""
+    min_similarity: float | None = None
+    """Pairs that verify finds less similar are not linked; by default the value of jaccard."""
+    keep: str = "first"
+    """Which one stays: `first` in the corpus, `longest`, `newest` (by `date` in its metadata), or `best_score`."""
+    score_field: str | None = None
+    """Field of the metadata that holds the score of `best_score`; the highest stays, documents without one last."""
+    against: list[str] = field(default_factory=list)
+    """Corpora curated before, or folders of their published signatures: documents like one of theirs are dropped."""
 
     def validate(self) -> None:
         """Raises ValueError for values outside their range."""
-        for name, low, high in (("jaccard", 0.1, 0.99), ("min_similarity", 0.0, 1.0)):
+        keep.validate(self.keep, self.score_field)
+        if self.verify not in VERIFY:
+            raise ValueError(f"verify is {self.verify}, must be one of {', '.join(VERIFY)}")
+        ranges = [("jaccard", 0.1, 0.99), ("permutations", 4, 1024), ("shingle", 1, 100)]
+        ranges += [("min_similarity", 0.0, 1.0)] if self.min_similarity is not None else []
+        if self.bands is not None or self.rows is not None:
+            if self.bands is None or self.rows is None:
+                raise ValueError(f"bands is {self.bands} and rows is {self.rows}; give both or none")
+            ranges += [("bands", 1, 1024), ("rows", 1, 1024)]
+        for name, low, high in ranges:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}, must be between {low} and {high}")
-        for name, low, high in (("permutations", 4, 1024), ("shingle", 1, 100)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}, must be between {low} and {high}")
+        if self.verify == "none" and self.min_similarity is not None:
+            raise ValueError(
+                f"min_similarity is {self.min_similarity}, but verify is none; set it to signature or jaccard"
+            )
         try:
             self.bands_and_rows()
         except ValueError:
@@ -81,8 +100,29 @@ class MinHashDedup:
             ) from None
 
     def bands_and_rows(self) -> tuple[int, int]:
-        """Bands and rows a band that weigh missed pairs and false ones the same (datasketch's arithmetic)."""
+        """As given, or those that weigh missed pairs and false ones the same (datasketch's arithmetic)."""
+        if self.bands is not None and self.rows is not None:
+            return self.bands, self.rows
         return _bands_and_rows(self.jaccard, self.permutations)
+
+    @property
+    def threshold(self) -> float:
+        """Similarity from which verify links a pair."""
+        return self.jaccard if self.min_similarity is None else self.min_similarity
+
+    def scheme(self) -> published.Scheme:
+        """How signatures are made; a changed way to hash words changes the value of ``words``."""
+        from pipelines.words import shingles
+
+        bands, rows = self.bands_and_rows()
+        probe, _ = shingles(pa.array(["Straße 12, don't 日本"], pa.large_string()), 1)
+        settings = {
+            "values": bands * rows,
+            "shingle": self.shingle,
+            "seed": self.seed,
+            "words": probe.tobytes().hex()[:16],
+        }
+        return published.Scheme("near", settings, 4 * bands * rows)
 
 
 @functools.lru_cache
@@ -93,13 +133,6 @@ def _bands_and_rows(jaccard: float, permutations: int) -> tuple[int, int]:
     return lsh.b, lsh.r
 
 
-def shingle_hashes(text: str, n: int) -> np.ndarray:
-    """32-bit hashes of the word n-grams of a text, uint32; a shorter text is one shingle, one without words none."""
-    words = analyse(text.lower(), letters=True)
-    grams = ngram_hashes(words.hashes, min(n, max(1, len(words))))
-    return (grams >> np.uint64(32)).astype(np.uint32)
-
-
 @functools.lru_cache
 def _permutations(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     from datasketch import MinHash
@@ -108,48 +141,28 @@ def _permutations(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def signatures(shingles: list[np.ndarray], permutations: int, seed: int) -> np.ndarray:
+def signatures(shingles: np.ndarray, offsets: np.ndarray, permutations: int, seed: int) -> np.ndarray:
     """MinHash signatures, bit for bit those of ``datasketch.MinHash(permutations, seed)`` over the same hash values.
 
     Args:
-        shingles: for each document the 32-bit hashes of its shingles, uint32.
+        shingles: 32-bit hashes of the shingles of all documents, one document after the other, uint32.
+        offsets: range of each document in them, (documents + 1,), int64.
         permutations: hash functions of a signature.
         seed: of the permutations.
 
     Returns:
         (documents, permutations), uint32; all ones for a document without shingles.
     """
-    a, b = _permutations(permutations, seed)
-    result = np.full((permutations, len(shingles)), _EMPTY, np.uint32)
-    filled = np.array([i for i, s in enumerate(shingles) if len(s)], np.int64)
-    if not len(filled):
-        return result.T
-    values = _fmix32(np.concatenate(shingles))
-    offsets = np.concatenate(([0], np.cumsum([len(shingles[i]) for i in filled])))
-    minima = np.full((permutations, len(filled)), _EMPTY, np.uint32)
-    for start in range(0, len(values), _BLOCK):
-        block = values[start : start + _BLOCK]
-        permuted = np.empty_like(block)
-        first = np.searchsorted(offsets, start, "right") - 1
-        last = np.searchsorted(offsets, start + len(block), "left")
-        cuts = np.maximum(offsets[first:last], start) - start
-        for i in range(permutations):
-            np.multiply(block, a[i], out=permuted)
-            np.add(permuted, b[i], out=permuted)
-            row = minima[i, first:last]
-            np.minimum(row, np.minimum.reduceat(permuted, cuts), out=row)
-    result[:, filled] = minima
-    return np.ascontiguousarray(result.T)
+    from pipelines.dedup import kernels
+
+    return kernels.minhash(shingles, offsets, *_permutations(permutations, seed))
 
 
-def _fmix32(x: np.ndarray) -> np.ndarray:
-    """The finalizer of MurmurHash3, which datasketch applies to hash values before it permutes them."""
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x85EBCA6B)
-    x ^= x >> np.uint32(13)
-    x *= np.uint32(0xC2B2AE35)
-    x ^= x >> np.uint32(16)
-    return x
+def sign(table: pa.Table, shingle: int, permutations: int, seed: int) -> np.ndarray:
+    """Signatures of the texts of documents, (documents, permutations), uint32."""
+    from pipelines.words import shingles
+
+    return signatures(*shingles(table["text"], shingle), permutations, seed)
 
 
 def band_keys(signature: np.ndarray, bands: int, rows: int) -> np.ndarray:
@@ -170,101 +183,102 @@ def band_keys(signature: np.ndarray, bands: int, rows: int) -> np.ndarray:
     return keys.view(np.int64)
 
 
-def find_duplicates(parts: list[str], output: str, settings: MinHashDedup, partitions: int | None = None) -> int:
-    """Write which rows of a corpus are near-duplicates of an earlier row.
+def find_duplicates(
+    parts: list[str],
+    output: str,
+    settings: MinHashDedup,
+    partitions: int | None = None,
+    publish: str | None = None,
+    limit: int = groups.LIMIT,
+) -> int:
+    """Write which rows of a corpus are near-duplicates of another row that stays.
 
-    The result does not depend on the number of partitions. ``output`` is emptied first; signatures are kept below it
-    while the search runs. The similarity written is the share in which the signatures of the dropped and the kept
-    document agree; they may be linked through others.
+    The result does not depend on the number of partitions. An earlier result in ``output`` is deleted; signatures are
+    kept below it while the search runs, and those that a search which was killed made of the same parts are used again.
+    The similarity written is the share in which the signatures of the dropped and the kept document agree; they may be
+    linked through others.
 
     Args:
         parts: URIs of the corpus parts in order (Parquet, documents.SCHEMA).
         output: folder for the files of dedup.DUPLICATES_SCHEMA, one for each part that has duplicates.
         settings: of the search.
         partitions: blocks to shuffle into; by default one for each 128 MB of band keys.
+        publish: folder for the signatures of all documents, as a set for ``against``.
+        limit: documents with a band in common, or members of a component, that a partition may hold, up to a factor of
+            two.
 
     Returns:
         How many documents are to be dropped.
+
+    Raises:
+        ValueError: a published set was made in another way, or two parts have the same name.
     """
-    names = part_names(parts)
-    storage.delete(output)
+    from pipelines.dedup.components import connected_components
+
+    settings.validate()
+    made = begin(parts, output)
     if not settings.enabled:
         return 0
-    folder = storage.join(output, "_signatures")
-    signed = [storage.join(folder, name) for name in names]
+    scheme = settings.scheme()
+    earlier = published.set_files(settings.against, scheme)
+    files, before = earlier + made, len(earlier)
+    new = int(nodes(before, 0))
     bands, rows = settings.bands_and_rows()
-    schema = pa.schema([("signature", pa.binary(4 * bands * rows))])
+    log.debug("near-duplicates: %d bands of %d rows", bands, rows)
 
-    def sign(index: int, part: str) -> Iterator[pa.Table]:
-        row = 0
-        with storage.parquet_writer(signed[index], schema, compression="none") as out:
-            for batch in read_part(part, _ROWS, ["text"]):
-                shingles = [shingle_hashes(text or "", settings.shingle) for text in batch["text"].to_pylist()]
-                found = signatures(shingles, bands * rows, settings.seed)
-                out.write_table(pa.table([_as_binary(found)], schema))
-                some = np.flatnonzero([len(s) for s in shingles])
-                keys = band_keys(found[some], bands, rows)
-                yield pa.table({"key": keys.ravel(), "node": np.repeat(nodes(index, row + some), bands)})
-                row += len(batch)
+    verified = settings.verify != "none"
+    keys = for_parts(files, functools.partial(_keys_of_file, files, parts, scheme, settings))
+    # A pair that has to be verified may fail, so that a group is tied together in an order that its documents alone
+    # decide, and more tightly.
+    order = ["digest"] if verified else []
+    edges = groups.stars(keys, ["key"], order, partitions, new=new, chain=verified, limit=limit)
+    if verified:
+        from pipelines.dedup.verify import verify
 
-    keys = for_parts(parts, sign)
-    if not keys.count():
-        storage.delete(folder)
-        return 0
-    partitions = partitions_for(keys, partitions)
-    log.debug("near-duplicates: %d bands of %d rows, %d partitions", bands, rows, partitions)
-    edges = compact(map_blocks(shuffle(keys, "key", partitions), _link))
-    if settings.min_similarity > 0:
-        edges = _with_similarity(edges, "a", "b", signed, partitions)
-        edges = compact(map_blocks(edges, functools.partial(_at_least, settings.min_similarity)))
-    labels = connected_components(edges, partitions)
-    labels = _with_similarity(labels, "node", "root", signed, partitions)
-    dropped = write_duplicates(labels, parts, output, partitions)
-    storage.delete(folder)
+        edges = verify(edges, files, parts, settings, partitions)
+    labels = connected_components(edges, partitions, limit)
+    if settings.keep != "first":
+        labels = clusters.keep_best(labels, files, before, partitions, limit)
+    elif before:
+        labels = compact(map_blocks(labels, lambda table: table.filter(pa.array(column(table, "node") >= new))))
+    named = name_roots(_with_signature(labels, files, partitions), files, partitions)
+    dropped = write_duplicates(named, files, parts, output, partitions)
+    if publish is not None:
+        published.publish(publish, scheme, made, output, dropped=True, against=settings.against)
+    clusters.write_report(clusters.report(labels, files, parts, partitions), publish or output)
+    storage.delete(storage.join(output, published.FOLDER))
     return dropped
 
 
-def _link(table: pa.Table) -> pa.Table:
-    """Edges from the first node of every band key to the others that have it, each once."""
-    key, node = column(table, "key"), column(table, "node")
-    order = np.lexsort((node, key))
-    key, node = key[order], node[order]
-    opens = np.ones(len(node), bool)
-    opens[1:] = key[1:] != key[:-1]
-    first = node[opens][np.cumsum(opens) - 1]
-    # A document may hold a key once only, so that every later row of a key is another document.
-    pairs = np.unique(np.stack((first[~opens], node[~opens]), axis=1), axis=0)
-    return pa.table({"a": pairs[:, 0].astype(np.int64), "b": pairs[:, 1].astype(np.int64)})
+def _keys_of_file(
+    files: list[str], parts: list[str], scheme: published.Scheme, settings: MinHashDedup, index: int, uri: str
+) -> Iterator[pa.Table]:
+    """Band keys of the documents of a part, or of a file of a published set."""
+    bands, rows = settings.bands_and_rows()
+    before = len(files) - len(parts)
+    if index < before:
+        found = published.read_published(uri)
+    else:
+        make = functools.partial(sign, shingle=settings.shingle, permutations=bands * rows, seed=settings.seed)
+        policy = (settings.keep, settings.score_field)
+        found = published.fingerprints(parts[index - before], uri, scheme, policy, make)
+    row = 0
+    for ranks, binary in found:
+        signed = published.from_binary(binary, "<u4")
+        some = np.flatnonzero((signed != _EMPTY).any(axis=1))  # documents without words are nobody's duplicates
+        keys = band_keys(signed[some], bands, rows)
+        table = pa.table({"key": keys.ravel(), "node": np.repeat(nodes(index, row + some), bands)})
+        if settings.verify != "none":
+            digests = band_keys(signed[some], 1, bands * rows)[:, 0]
+            table = table.append_column("digest", pa.array(np.repeat(digests, bands)))
+        yield table
+        row += len(ranks)
 
 
-def _as_binary(signature: np.ndarray) -> pa.Array:
-    """Signatures, (documents, values) uint32, as fixed-size binary values."""
-    size = 4 * signature.shape[1]
-    return pa.Array.from_buffers(pa.binary(size), len(signature), [None, pa.py_buffer(np.ascontiguousarray(signature))])
+def _with_signature(labels: Dataset, files: list[str], partitions: int | None) -> Dataset:
+    """Labels with the signature of the node, to be compared where that of the root lies."""
 
+    def fetch(file: int, table: pa.Table, rows: np.ndarray) -> pa.Table:
+        return table.append_column("fingerprint", read_rows(files[file], ["fingerprint"], rows)["fingerprint"])
 
-def _as_signatures(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """The way back: (documents, values), uint32."""
-    if isinstance(values, pa.ChunkedArray):
-        values = values.combine_chunks()
-    count = values.type.byte_width // 4
-    flat = np.frombuffer(values.buffers()[1], np.uint32)
-    return flat[values.offset * count : (values.offset + len(values)) * count].reshape(len(values), count)
-
-
-def _with_similarity(pairs: Dataset, a: str, b: str, signed: list[str], partitions: int) -> Dataset:
-    """Pairs of nodes with the share in which their signatures agree, as a column ``similarity``."""
-
-    def fetch(part: str, table: pa.Table, rows: np.ndarray) -> pa.Table:
-        return table.append_column("signature", read_rows(part, "signature", rows))
-
-    def compare(part: str, table: pa.Table, rows: np.ndarray) -> pa.Table:
-        mine = _as_signatures(read_rows(part, "signature", rows))
-        similarity = (mine == _as_signatures(table["signature"])).mean(axis=1)
-        return table.drop_columns("signature").append_column("similarity", pa.array(similarity))
-
-    return attach(attach(pairs, a, signed, partitions, fetch), b, signed, partitions, compare)
-
-
-def _at_least(threshold: float, table: pa.Table) -> pa.Table:
-    return table.filter(pa.array(column(table, "similarity") >= threshold)).select(["a", "b"])
+    return attach(labels, "node", len(files), partitions, fetch)

@@ -24,7 +24,7 @@ def read_output(output):
         return {}
     return {
         (file.name, row["row"]): (row["duplicate_of"], row["similarity"])
-        for file in sorted(output.iterdir())
+        for file in sorted(output.glob("*.parquet"))
         for row in pq.read_table(file).to_pylist()
     }
 

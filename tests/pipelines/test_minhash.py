@@ -4,7 +4,7 @@ import pytest
 from datasketch import MinHash
 
 from pipelines import storage
-from pipelines.dedup.minhash import MinHashDedup, band_keys, find_duplicates, shingle_hashes, signatures
+from pipelines.dedup.minhash import MinHashDedup, band_keys, find_duplicates, signatures
 from pipelines.documents import to_table
 
 SETTINGS = MinHashDedup()
@@ -22,7 +22,8 @@ def test_signatures_equal_datasketch_bit_for_bit(permutations, seed):
     rng = np.random.default_rng(0)
     sizes = [0, 1, 3, 200, 0, 40_000, 7, 90]  # one document is longer than a block of work
     shingles = [rng.integers(0, 1 << 32, n, dtype=np.uint32) for n in sizes]
-    found = signatures(shingles, permutations, seed)
+    offsets = np.concatenate(([0], np.cumsum(sizes)))
+    found = signatures(np.concatenate(shingles), offsets, permutations, seed)
     assert found.dtype == np.uint32
     for row, values in zip(found, shingles, strict=True):
         if len(values) < 1000:
@@ -33,16 +34,7 @@ def test_signatures_equal_datasketch_bit_for_bit(permutations, seed):
 
 
 def test_signatures_of_no_documents():
-    assert signatures([], 16, 1).shape == (0, 16)
-
-
-def test_shingles_are_sets_of_word_ngrams_without_case_and_punctuation():
-    one = shingle_hashes("The quick brown fox jumps over the lazy dog", 5)
-    assert len(one) == 5
-    assert (one == shingle_hashes('  the QUICK, "brown"\nfox -- jumps over the lazy dog!', 5)).all()
-    assert len(shingle_hashes("two words", 5)) == 1
-    assert shingle_hashes("two words", 5) != shingle_hashes("other words", 5)
-    assert len(shingle_hashes("... !", 5)) == 0
+    assert signatures(np.empty(0, np.uint32), np.zeros(1, np.int64), 16, 1).shape == (0, 16)
 
 
 def test_band_keys_are_equal_exactly_when_a_band_is():
@@ -135,13 +127,13 @@ def test_the_result_does_not_depend_on_the_number_of_partitions(ray_session, cor
         output = tmp_path / str(partitions)
         find_duplicates(corpus[0], str(output), SETTINGS, partitions)
         results.append(read_output(output))
-        assert not (output / "_signatures").exists()
+        assert not (output / "fingerprints").exists()
     assert results[0] == results[1] == results[2]
     assert results[0]
 
 
 def test_pairs_below_the_smallest_similarity_are_not_linked(ray_session, corpus, tmp_path):
-    settings = MinHashDedup(min_similarity=0.9)
+    settings = MinHashDedup(verify="signature", min_similarity=0.9)
     find_duplicates(corpus[0], str(tmp_path / "strict"), settings, partitions=2)
     find_duplicates(corpus[0], str(tmp_path / "all"), SETTINGS, partitions=2)
     everything = read_output(tmp_path / "all")
