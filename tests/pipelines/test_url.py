@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.documents import to_table
@@ -129,6 +129,7 @@ def test_the_fingerprint_follows_what_the_files_hold(write):
     assert UrlRules().fingerprint() == ""
 
 
+@settings(deadline=None)  # the first call compiles
 @given(st.lists(st.text("abcé", max_size=4), max_size=8), st.lists(st.text("abcé", max_size=30), max_size=5))
 def test_phrases_are_found_as_by_looking_for_each(phrases, texts):
     automaton = Phrases.of(phrases)
