@@ -1,15 +1,20 @@
-"""One door to files anywhere: local paths, ``s3://`` and ``gs://``, all through ``pyarrow.fs``.
+"""One door to files anywhere: local paths, ``s3://`` and ``gs://`` by ``pyarrow.fs``, and ``http(s)://`` to read from.
 
-Whatever is written appears whole or not at all: locally by renaming a finished temporary file, on object stores
-because an upload becomes visible only when it completes.
+Whatever is written appears whole or not at all, and what was there before stays until then: locally by renaming a
+finished temporary file, on object stores by uploading one. Throttling and broken connections are waited out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import fnmatch
+import functools
 import json
+import mmap
 import os
+import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -20,6 +25,11 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipelines.documents import InputError
+from pipelines.download import Download, DownloadError
+
+# Attempts of the AWS client at a request, waiting up to 1, 2, 4, … 20 seconds in between; how long Google's goes on.
+_S3_ATTEMPTS, _GCS_SECONDS = 10, 120
+_IN_MEMORY = 16 << 20  # a larger file for an object store is gathered in a temporary file first
 
 
 class FileInfo(NamedTuple):
@@ -55,13 +65,51 @@ def file_name(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
+def is_web(uri: str) -> bool:
+    """Whether ``uri`` names a file on a web server, which can only be read."""
+    return uri.startswith(("http://", "https://"))
+
+
+def failed(error: Exception) -> bool:
+    """Whether the storage failed; pyarrow raises OSError for that and for damaged content alike."""
+    known = isinstance(error, DownloadError) or "AWS Error" in str(error) or "google::cloud" in str(error)
+    return known or (isinstance(error, OSError) and error.errno is not None)
+
+
 def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
     path = local_path(uri)
     if path is not None:
         return fs.LocalFileSystem(), path
-    # Keys are written as they are: a space, % or ? in one is part of the name, which pyarrow would take for syntax.
+    if is_web(uri):
+        raise InputError(f"{uri}: a web server's files can be read one by one, but not listed, written or deleted")
     scheme, _, rest = uri.partition("://")
-    return fs.FileSystem.from_uri(f"{scheme}://{quote(rest, safe='/@:')}")
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "AWS_ACCESS_KEY_ID")
+    return _filesystem(scheme, rest.partition("/")[0], tuple(map(os.environ.get, names))), rest.rstrip("/")
+
+
+@functools.lru_cache(maxsize=64)
+def _filesystem(scheme: str, bucket: str, environment: tuple[str | None, ...]) -> fs.FileSystem:
+    """The file system of a bucket; asking for its region takes a request, so that it is kept for the process.
+
+    Raises:
+        InputError: nobody knows the scheme.
+    """
+    if scheme in ("gs", "gcs"):
+        limit = dt.timedelta(seconds=_GCS_SECONDS)
+        endpoint = environment[2]
+        if endpoint is None:
+            return fs.GcsFileSystem(retry_time_limit=limit)
+        scheme, _, host = endpoint.partition("://")
+        return fs.GcsFileSystem(anonymous=True, scheme=scheme, endpoint_override=host, retry_time_limit=limit)
+    if scheme != "s3":
+        raise InputError(f"{scheme}://{bucket}: paths may be local or start with s3://, gs://, http:// or https://")
+    found, _ = fs.FileSystem.from_uri(f"s3://{quote(bucket)}")
+    return fs.S3FileSystem(
+        region=found.region,
+        endpoint_override=environment[0] or environment[1],
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
+        background_writes=False,  # they would queue a whole file in memory
+    )
 
 
 def _prefix(uri: str) -> str:
@@ -71,6 +119,12 @@ def _prefix(uri: str) -> str:
 
 def exists(uri: str) -> bool:
     """Whether ``uri`` is a file or a folder."""
+    if is_web(uri):
+        try:
+            with open_input(uri):
+                return True
+        except FileNotFoundError:
+            return False
     filesystem, path = _resolve(uri)
     return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
@@ -80,11 +134,14 @@ def list_files(uri: str, *, hidden: bool = False) -> list[FileInfo]:
 
     ``*`` and ``?`` match within a folder's name, ``**`` across folders; a path that exists as it is written is no glob.
     Files that start with a dot, and folders that start with a dot or an underscore, below the given folder are left
-    out, as unfinished or private, unless ``hidden`` is set.
+    out, as unfinished or private, unless ``hidden`` is set. A web server's file is listed by its full address.
 
     Raises:
         FileNotFoundError: nothing is there.
     """
+    if is_web(uri):
+        with open_input(uri) as file:
+            return [FileInfo(uri, file.size(), file.changed)]
     pattern = None
     folder = uri
     if any(c in uri for c in "*?[") and not exists(uri):
@@ -101,19 +158,36 @@ def list_files(uri: str, *, hidden: bool = False) -> list[FileInfo]:
     match = None
     if pattern is not None:
         match = _resolve(pattern)[1] if is_remote(pattern) else local_path(pattern)
-    for item in filesystem.get_file_info(fs.FileSelector(path, recursive=True)):
-        if item.type != fs.FileType.File:
-            continue
-        below = item.path[len(path) :].strip("/").split("/")
-        private = any(part.startswith((".", "_")) for part in below[:-1]) or below[-1].startswith(".")
-        if private and not hidden:
-            continue
-        if match is not None and not _glob(item.path, match):
-            continue
-        found.append(FileInfo(prefix + item.path, item.size, _seconds(item)))
+    below = _local_files(path) if local_path(folder) else _objects(filesystem, path)
+    for file in below:
+        parts = file.uri[len(path) :].strip("/").split("/")
+        private = any(part.startswith((".", "_")) for part in parts[:-1]) or parts[-1].startswith(".")
+        if (hidden or not private) and (match is None or _glob(file.uri, match)):
+            found.append(file._replace(uri=prefix + file.uri))
     if not found:
         raise FileNotFoundError(f"{uri}: no file matches")
     return sorted(found)
+
+
+def _objects(filesystem: fs.FileSystem, path: str) -> Iterator[FileInfo]:
+    for item in filesystem.get_file_info(fs.FileSelector(path, recursive=True)):
+        if item.type == fs.FileType.File:
+            yield FileInfo(item.path, item.size, _seconds(item))
+
+
+def _local_files(path: str) -> Iterator[FileInfo]:
+    """All files below a folder of this machine; a name that is not UTF-8, at which pyarrow stops, has surrogates."""
+    for folder, folders, names in os.walk(path, followlinks=True):
+        here = os.path.realpath(folder) + "/"
+        for name in [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+            if here.startswith(os.path.realpath(os.path.join(folder, name)) + "/"):
+                folders.remove(name)  # a link to a folder that it lies in
+        for name in names:
+            file = os.path.join(folder, name)
+            with contextlib.suppress(FileNotFoundError):  # a link to nowhere, or deleted meanwhile
+                status = os.stat(file)
+                if stat.S_ISREG(status.st_mode):
+                    yield FileInfo(file, status.st_size, status.st_mtime_ns / 1e9)
 
 
 def _glob(path: str, pattern: str) -> bool:
@@ -134,12 +208,14 @@ def _seconds(info: fs.FileInfo) -> float:
     return (info.mtime_ns or 0) / 1e9
 
 
-def open_input(uri: str) -> pa.NativeFile:
+def open_input(uri: str) -> pa.NativeFile | Download:
     """A file opened for reading in bytes, with random access.
 
     Raises:
         FileNotFoundError: there is none.
     """
+    if is_web(uri):
+        return Download(uri)
     filesystem, path = _resolve(uri)
     return filesystem.open_input_file(path)
 
@@ -161,17 +237,19 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
         return
-    out = filesystem.open_output_stream(path)
-    try:
-        yield out
-    except BaseException:
-        # Closing a stream completes the upload: what was written so far must not become the file.
-        with contextlib.suppress(Exception):
-            out.close()
-        with contextlib.suppress(Exception):
-            filesystem.delete_file(path)
-        raise
-    out.close()
+    with tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
+        yield spool
+        size = spool.seek(0, os.SEEK_END)
+        spool.seek(0)
+        with contextlib.ExitStack() as opened:
+            data = (
+                spool.read()
+                if size <= _IN_MEMORY
+                else opened.enter_context(mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ))
+            )
+            # One call with all of it: a stream completes its upload even when it is dropped half written.
+            with filesystem.open_output_stream(path) as out:
+                out.write(data)
 
 
 def read_bytes(uri: str) -> bytes:

@@ -1,4 +1,7 @@
+import logging
 import os
+import random
+import threading
 
 import pyarrow as pa
 import pytest
@@ -67,24 +70,119 @@ def test_lines_are_added_and_folders_deleted(tmp_path):
     assert not storage.exists(uri)
 
 
+class Faults:
+    """What a real S3 endpoint on the loopback does to its next requests, and which there were."""
+
+    def __init__(self):
+        self.uri, self.coming, self.requests = "s3://bucket", [], []
+
+    def wrap(self, app):
+        def wrapped(environ, start):
+            fault = self.coming.pop(0) if self.coming else None
+            self.requests.append(environ["REQUEST_METHOD"])
+            socket = environ["werkzeug.socket"]
+            if fault == "throttle":
+                start("503 Slow Down", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+            answer = app(environ, start)
+            return self._cut(b"".join(answer), socket) if fault == "cut" else answer
+
+        return wrapped
+
+    def _cut(self, data, socket):
+        yield data[: len(data) // 2]
+        socket.shutdown(2)
+
+
 @pytest.fixture
-def bucket(monkeypatch):
-    """A real S3 endpoint on the loopback."""
-    server_module = pytest.importorskip("moto.server")
+def store(monkeypatch):
+    pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    faults = Faults()
+    server = make_server("127.0.0.1", 0, faults.wrap(DomainDispatcherApplication(create_backend_app)), threaded=True)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
     boto3.client("s3").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    server.stop()
+    yield faults
+    server.shutdown()
+    boto3.resource("s3").meta.client.close()
+
+
+@pytest.fixture
+def bucket(store):
+    return store.uri
+
+
+def test_throttling_and_broken_connections_of_an_object_store_are_waited_out(store):
+    data = random.Random(0).randbytes(300_000)
+    uri = f"{store.uri}/folder/a.bin"
+    store.coming += ["throttle", None, "throttle", "cut"]  # to begin the upload, for its part, to end it
+    storage.write_bytes(uri, data)
+    store.coming += ["throttle", "cut", "throttle"]
+    assert storage.read_bytes(uri) == data
+    store.coming += ["throttle"]
+    assert storage.exists(uri)
+    store.coming += [None, None, "cut"]
+    assert [f.uri for f in storage.list_files(f"{store.uri}/folder")] == [uri]
+    assert not store.coming
+    store.coming += ["throttle"]
+    storage.delete(uri)
+    assert not storage.exists(uri)
+
+
+def test_a_store_that_refuses_for_good_is_an_error_of_the_storage(store, monkeypatch):
+    monkeypatch.setattr(storage, "_S3_ATTEMPTS", 2)
+    store.coming += ["throttle"] * 20
+    with pytest.raises(OSError, match="AWS Error") as error:
+        storage.read_bytes(f"{store.uri}/a")
+    assert storage.failed(error.value)
+    assert len(store.coming) == 18
+
+
+@pytest.mark.parametrize("size", [10, 40_000_000])
+def test_a_file_of_an_object_store_stays_as_it_was_when_writing_it_anew_fails(store, size):
+    uri = f"{store.uri}/a.bin"
+    storage.write_bytes(uri, b"the good one")
+
+    def killed_in_between():
+        with storage.open_output(uri) as out:
+            for _ in range(10):
+                out.write(b"x" * (size // 10))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed_in_between()
+    assert storage.read_bytes(uri) == b"the good one"
+    with storage.open_output(uri) as out:
+        for _ in range(10):
+            out.write(b"y" * (size // 10))
+    assert storage.read_bytes(uri) == b"y" * size
+
+
+def test_file_names_that_are_no_utf8_and_links_do_not_stop_a_listing(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "wb") as file:
+        file.write(b"x")
+    storage.write_bytes(str(tmp_path / "deep" / "a.txt"), b"xy")
+    os.symlink("nowhere", tmp_path / "broken.txt")
+    os.symlink(tmp_path, tmp_path / "deep" / "up")
+    os.symlink("deep", tmp_path / "link")
+    names = [os.fsencode(os.path.relpath(f.uri, tmp_path)) for f in storage.list_files(str(tmp_path))]
+    assert names == [b"caf\xe9.txt", b"deep/a.txt", b"link/a.txt"]
+
+
+def test_an_unknown_scheme_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ftp://host: paths may be local or start with s3://"):
+        storage.exists("ftp://host/a")
 
 
 def test_an_object_store_behaves_like_a_folder(bucket):

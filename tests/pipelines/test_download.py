@@ -1,0 +1,157 @@
+"""A server on the loopback that breaks connections, throttles, and ignores ranges."""
+
+import http.server
+import io
+import random
+import re
+import threading
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import download, storage
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves ``files``; takes the first of ``faults`` for each request of a path that it names (None: of any)."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.faults, self.requests, self.ranges = {}, [], [], True
+        self.version = '"1"'
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def uri(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        wanted, server = self.headers.get("Range"), self.server
+        server.requests.append((self.path, wanted, self.headers["User-Agent"]))
+        fault, *how = server.faults.pop(0) if server.faults else (None,)
+        data = server.files.get(self.path)
+        if fault == "status":
+            return self.give(how[0], b"wait", **(how[1] if len(how) > 1 else {}))
+        if data is None:
+            return self.give(404, b"")
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and server.ranges else 0
+        if start >= len(data) > 0:
+            return self.give(416, b"")
+        span = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        cut = how[0] if fault == "cut" else None
+        return self.give(206 if start else 200, data[start:], cut, ETag=server.version, **span)
+
+    def give(self, status, data, cut=None, **headers):
+        self.send_response(status)
+        for name, value in ({"Content-Length": len(data)} | headers).items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(data[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The waits that were asked for, none of which is taken."""
+    waits = []
+    monkeypatch.setattr(download.time, "sleep", waits.append)
+    return waits
+
+
+DATA = random.Random(0).randbytes(1_500_000)
+
+
+def test_a_broken_connection_is_taken_up_at_the_byte_where_it_broke(server, waits):
+    server.files["/a"] = DATA
+    server.faults += [("cut", 400_000), ("cut", 0), ("cut", 700_001)]
+    with storage.open_input(f"{server.uri}/a") as file:
+        assert file.read() == DATA
+        assert file.size() == len(DATA)
+    asked = [wanted for _, wanted, _ in server.requests]
+    assert asked == [None, "bytes=400000-", "bytes=400000-", "bytes=1100001-"]
+    assert all("ingot" in agent for _, _, agent in server.requests)
+    assert len(waits) == 3
+
+
+def test_a_server_that_ignores_ranges_costs_reading_up_to_there_again(server, waits):
+    server.files["/a"], server.ranges = DATA, False
+    server.faults += [("cut", 600_000), ("cut", 900_000)]
+    assert storage.read_bytes(f"{server.uri}/a") == DATA
+    assert [wanted for _, wanted, _ in server.requests] == [None, "bytes=600000-", "bytes=900000-"]
+
+
+def test_throttling_is_waited_out_for_as_long_as_the_server_says_or_twice_as_long_each_time(server, waits):
+    server.files["/a"] = DATA
+    server.faults += [("status", 503), ("status", 503), ("status", 503), ("status", 429, {"Retry_After": 30})]
+    server.faults += [("status", 503, {"Retry_After": "Fri, 31 Dec 1999 23:59:59 GMT"})]
+    assert storage.read_bytes(f"{server.uri}/a") == DATA
+    for wait, (least, most) in zip(waits, [(0.25, 0.5), (0.5, 1), (1, 2), (30, 30.5), (4, 8)], strict=True):
+        assert least <= wait <= most
+
+
+def test_what_cannot_be_had_is_an_error_that_names_the_file_and_why(server, waits):
+    with pytest.raises(FileNotFoundError, match="/missing"):
+        storage.open_input(f"{server.uri}/missing")
+    assert not waits
+    assert not storage.exists(f"{server.uri}/missing")
+    server.faults.append(("status", 403))
+    with pytest.raises(OSError, match="HTTP status 403") as refused:
+        storage.open_input(f"{server.uri}/a")
+    assert storage.failed(refused.value)
+    assert not waits
+    server.faults += [("status", 503)] * 100
+    with pytest.raises(download.DownloadError, match=r"HTTP status 503 .* after 9 attempts.*/a"):
+        storage.open_input(f"{server.uri}/a")
+    assert 60 < sum(waits) < 200
+    server.faults.clear()
+    with pytest.raises(ValueError, match="can be read one by one, but not listed, written or deleted"):
+        storage.write_bytes(f"{server.uri}/a", b"")
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_mixed_with_its_successor(server, waits):
+    server.files["/a"] = DATA
+    server.faults.append(("cut", 700_000))
+    file = storage.open_input(f"{server.uri}/a")
+    server.version = '"2"'
+    with pytest.raises(download.DownloadError, match="changed while it was read"):
+        file.read()
+
+
+def test_moving_about_in_a_file_gives_what_is_there(server, waits):
+    server.files["/a"] = DATA
+    rng = random.Random(1)
+    with storage.open_input(f"{server.uri}/a") as file, io.BytesIO(DATA) as truth:
+        for _ in range(40):
+            at, size = rng.randrange(len(DATA) + 10), rng.choice((1, 100, 300_000))
+            file.seek(at)
+            truth.seek(at)
+            assert file.read(size) == truth.read(size)
+    server.files["/empty"] = b""
+    assert storage.read_bytes(f"{server.uri}/empty") == b""
+
+
+def test_a_parquet_file_on_a_server_is_read(server, waits, tmp_path):
+    pq.write_table(pa.table({"text": ["a", "b"] * 1000}), tmp_path / "a")
+    server.files["/a"] = (tmp_path / "a").read_bytes()
+    server.faults.append(("cut", 100))
+    assert storage.open_parquet(f"{server.uri}/a").read()["text"].to_pylist() == ["a", "b"] * 1000
+    assert [(f.uri, f.size) for f in storage.list_files(f"{server.uri}/a")] == [
+        (f"{server.uri}/a", len(server.files["/a"]))
+    ]
