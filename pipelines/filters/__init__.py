@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 if TYPE_CHECKING:
     from pipelines.words import Texts
@@ -95,9 +96,17 @@ class Batch:
         return rest
 
     def with_text(self, column: pa.Array | pa.ChunkedArray) -> Batch:
-        """The same documents with other text."""
+        """The same documents with other text; what was analysed and did not change is not analysed again."""
         at = self.table.schema.get_field_index("text")
-        return Batch(self.table.set_column(at, self.table.schema.field(at), column))
+        rest = Batch(self.table.set_column(at, self.table.schema.field(at), column))
+        if "texts" in self.__dict__:
+            same = pc.fill_null(pc.equal(self.table["text"], rest.table["text"]), False)
+            changed = ~np.asarray(same, dtype=bool)
+            if not changed.any():
+                rest.texts = self.texts
+            elif changed.mean() < 0.5:
+                rest.texts = self.texts.updated(changed, rest.table["text"].filter(pa.array(changed)))
+        return rest
 
     def with_columns(self, columns: Mapping[str, pa.Array]) -> Batch:
         """The same documents with columns other than the text replaced."""
@@ -131,3 +140,8 @@ def judge(measures: Sequence[Measure], n: int) -> tuple[np.ndarray, np.ndarray, 
         value[here] = measure.values[here]
         threshold[here] = np.where(low[here], measure.minimum, measure.maximum)
     return broken, value, threshold
+
+
+def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Part of the whole, float64; NaN where the whole is nothing."""
+    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)

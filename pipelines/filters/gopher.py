@@ -1,7 +1,8 @@
 """The quality and repetition rules of Gopher (Rae et al. 2021, appendix A1.1 and table A1).
 
-Where the paper leaves a choice, datatrove's is taken (how lines and paragraphs are cut, that shares of characters are
-of the whole text, the greedy walk that counts duplicated n-grams), except that words are what whitespace separates.
+Where the paper leaves a choice, datatrove's is taken: how lines and paragraphs are cut, which words count, that shares
+of characters are of the whole text, the walk that counts duplicated n-grams. Words are cut as spaCy's English tokenizer
+cuts them (``words.tokens``), which makes punctuation a word of its own.
 """
 
 from __future__ import annotations
@@ -10,13 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipelines.filters import Applied, Batch, Measure, Verdict
-from pipelines.words import LETTER, SOLID, Repeats, Spans, Words, extend_ngrams, ngram_hashes, repeats, word_hash
+from pipelines.filters import Applied, Batch, Measure, share
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 """The eight words of which a document must hold some (Rae et al. 2021)."""
-
-_STOP_HASHES: dict[tuple[str, ...], np.ndarray] = {}
 
 
 @dataclass
@@ -26,7 +24,7 @@ class GopherQuality:
     enabled: bool = True
     """Whether these rules are applied."""
     min_words: int = 50
-    """Fewest words; a word counts if it holds a letter or a digit."""
+    """Fewest words; a word counts if it is not all punctuation."""
     max_words: int = 100_000
     """Most words."""
     min_mean_word_length: float = 3.0
@@ -63,85 +61,32 @@ class GopherQuality:
             )
 
     def apply(self, batch: Batch) -> Applied:
-        """Measures of every document."""
-        return _measures([self.judge(words) for words in batch.texts])
+        """Measure every document, in the paper's order."""
+        from pipelines.words.repetition import totals
 
-    def judge(self, words: Words) -> Verdict | None:
-        """The first rule that the document breaks, in the paper's order, or None."""
-        if not self.enabled:
-            return None
-        n = len(words)
-        solid = (words.flags & SOLID) != 0
-        n_solid = int(np.count_nonzero(solid))
-        if n_solid < self.min_words:
-            return Verdict("gopher quality: too few words", n_solid, self.min_words)
-        if n_solid > self.max_words:
-            return Verdict("gopher quality: too many words", n_solid, self.max_words)
-        if n == 0:
-            return None  # only when min_words is 0: every other rule divides by the number of words
-        return self._judge_words(words, solid, n_solid) or self._judge_lines(words) or self._judge_letters(words)
+        texts = batch.texts
+        counts = texts.counts
+        words = texts.words.last - texts.words.first
+        counted, characters, letters, stop_words = totals(texts.words, self.stop_words)
 
-    def _judge_words(self, words: Words, solid: np.ndarray, n_solid: int) -> Verdict | None:
-        length = float(words.lengths[solid].sum()) / max(n_solid, 1)
-        if length < self.min_mean_word_length:
-            return Verdict("gopher quality: mean word length", length, self.min_mean_word_length)
-        if length > self.max_mean_word_length:
-            return Verdict("gopher quality: mean word length", length, self.max_mean_word_length)
-        hashes = words.text.count("#") / len(words)
-        if hashes > self.max_hash_ratio:
-            return Verdict("gopher quality: hash signs", hashes, self.max_hash_ratio)
-        ellipses = _ellipses(words.text) / len(words)
-        if ellipses > self.max_ellipsis_ratio:
-            return Verdict("gopher quality: ellipses", ellipses, self.max_ellipsis_ratio)
-        return None
+        def measure(rule: str, values: np.ndarray, minimum: float = -np.inf, maximum: float = np.inf) -> Measure:
+            return Measure(f"gopher quality: {rule}", values.astype(np.float64), minimum, maximum)
 
-    def _judge_lines(self, words: Words) -> Verdict | None:
-        text = words.text
-        lines = text.splitlines()
-        # A count over the whole text bounds the number of such lines and nearly always settles the matter.
-        if text.count("-") + text.count("•") > self.max_bullet_lines * len(lines):
-            bullets = sum(line.lstrip().startswith(("•", "-")) for line in lines) / len(lines)
-            if bullets > self.max_bullet_lines:
-                return Verdict("gopher quality: bullet lines", bullets, self.max_bullet_lines)
-        if _ellipses(text) > self.max_ellipsis_lines * len(lines):
-            ellipses = sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines)
-            if ellipses > self.max_ellipsis_lines:
-                return Verdict("gopher quality: ellipsis lines", ellipses, self.max_ellipsis_lines)
-        return None
-
-    def _judge_letters(self, words: Words) -> Verdict | None:
-        alphabetic = np.count_nonzero(words.flags & LETTER) / len(words)
-        if alphabetic < self.min_alphabetic_words:
-            return Verdict("gopher quality: alphabetic words", alphabetic, self.min_alphabetic_words)
-        found = 0
-        for stop_word in _stop_hashes(tuple(self.stop_words)) if self.min_stop_words else ():
-            found += bool((words.hashes == stop_word).any())
-            if found >= self.min_stop_words:
-                break
-        if found < self.min_stop_words:
-            return Verdict("gopher quality: stop words", found, self.min_stop_words)
-        return None
-
-
-def _measures(verdicts: list[Verdict | None]) -> Applied:
-    measures: dict[tuple[str, float, bool], Measure] = {}
-    for i, v in enumerate(verdicts):
-        if v is not None:
-            low = v.value < v.threshold
-            bound = {"minimum": v.threshold} if low else {"maximum": v.threshold}
-            fresh = Measure(v.reason, np.full(len(verdicts), np.nan), **bound)
-            measures.setdefault((v.reason, v.threshold, low), fresh).values[i] = v.value
-    return Applied(list(measures.values()))
-
-
-def _ellipses(text: str) -> int:
-    return text.count("...") + text.count("…")
-
-
-def _stop_hashes(stop_words: tuple[str, ...]) -> np.ndarray:
-    if stop_words not in _STOP_HASHES:
-        _STOP_HASHES[stop_words] = np.array([word_hash(w) for w in dict.fromkeys(stop_words)], np.uint64)
-    return _STOP_HASHES[stop_words]
+        length = share(characters, counted)
+        bullets, ellipses = share(counts.bullets, counts.lines), share(counts.trailing_off, counts.lines)
+        return Applied(
+            [
+                measure("too few words", counted, minimum=self.min_words),
+                measure("too many words", counted, maximum=self.max_words),
+                measure("mean word length", length, self.min_mean_word_length, self.max_mean_word_length),
+                measure("hash signs", share(counts.hashes, words), maximum=self.max_hash_ratio),
+                measure("ellipses", share(counts.ellipses, words), maximum=self.max_ellipsis_ratio),
+                measure("bullet lines", bullets, maximum=self.max_bullet_lines),
+                measure("ellipsis lines", ellipses, maximum=self.max_ellipsis_lines),
+                measure("alphabetic words", share(letters, words), minimum=self.min_alphabetic_words),
+                measure("stop words", stop_words, minimum=self.min_stop_words),
+            ]
+        )
 
 
 @dataclass
@@ -169,121 +114,39 @@ class GopherRepetition:
         """Raises ValueError for shares outside 0 to 1 and n-grams of no words."""
         shares = {name: getattr(self, name) for name in self.__dataclass_fields__ if name.startswith("max_duplicate_")}
         ngrams = shares.pop("max_duplicate_ngram")
-        shares |= {f"max_duplicate_ngram[{n}]": share for n, share in ngrams.items()}
-        shares |= {f"max_top_ngram[{n}]": share for n, share in self.max_top_ngram.items()}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} is {share}, must be a share between 0 and 1")
+        shares |= {f"max_duplicate_ngram[{n}]": limit for n, limit in ngrams.items()}
+        shares |= {f"max_top_ngram[{n}]": limit for n, limit in self.max_top_ngram.items()}
+        for name, limit in shares.items():
+            if not 0 <= limit <= 1:
+                raise ValueError(f"{name} is {limit}, must be a share between 0 and 1")
         for n in [*self.max_top_ngram, *ngrams]:
             if n < 1:
                 raise ValueError(f"max_top_ngram and max_duplicate_ngram: n is {n}, must be at least 1")
 
     def apply(self, batch: Batch) -> Applied:
-        """Measures of every document."""
-        return _measures([self.judge(words) for words in batch.texts])
+        """Measure every document: paragraphs, lines, n-grams."""
+        from pipelines.words.repetition import duplicates, ngram_characters
 
-    def judge(self, words: Words) -> Verdict | None:
-        """The first rule that the document breaks (paragraphs, lines, n-grams), or None."""
-        if not self.enabled:
-            return None
-        size = len(words.text)
-        checks = (
-            ("paragraph", words.paragraphs, self.max_duplicate_paragraphs, self.max_duplicate_paragraph_characters),
-            ("line", words.lines, self.max_duplicate_lines, self.max_duplicate_line_characters),
-        )
-        for what, spans, max_share, max_characters in checks:
-            count, characters = duplicates(spans)
-            if count and count / len(spans.starts) > max_share:
-                return Verdict(f"gopher repetition: duplicate {what}s", count / len(spans.starts), max_share)
-            if count and characters / size > max_characters:
-                return Verdict(f"gopher repetition: duplicate {what} characters", characters / size, max_characters)
-        return self._judge_ngrams(words, size)
+        texts = batch.texts
+        size = texts.counts.characters
+        measures = []
 
-    def _judge_ngrams(self, words: Words, size: int) -> Verdict | None:
-        wanted = sorted({*self.max_top_ngram, *self.max_duplicate_ngram})
-        for n, again in repeated_ngrams(words, wanted):
-            if n in self.max_top_ngram:
-                share = top_ngram_characters(words, again, n) / size
-                if share > self.max_top_ngram[n]:
-                    return Verdict(f"gopher repetition: top {n}-gram", share, self.max_top_ngram[n])
-            if n in self.max_duplicate_ngram:
-                limit = self.max_duplicate_ngram[n]
-                # Counting overlaps twice bounds the exact measure from above and is much cheaper.
-                if again.positions.size and _ngram_lengths(words, again, n, later=True).sum() > limit * size:
-                    share = duplicate_ngram_characters(words, again, n) / size
-                    if share > limit:
-                        return Verdict(f"gopher repetition: duplicate {n}-grams", share, limit)
-        return None
+        def measure(rule: str, values: np.ndarray, maximum: float) -> None:
+            measures.append(Measure(f"gopher repetition: {rule}", values, maximum=maximum))
 
-
-def duplicates(spans: Spans) -> tuple[int, int]:
-    """How many spans occurred before in the same text, and their characters."""
-    again = repeats(spans.hashes)
-    if not again.positions.size:
-        return 0, 0
-    lengths = spans.lengths[again.positions]
-    return len(lengths) - len(again.first), int(lengths.sum() - lengths[again.first].sum())
-
-
-def repeated_ngrams(words: Words, sizes: list[int]) -> list[tuple[int, Repeats]]:
-    """For each n of ``sizes`` (ascending) that the text is long enough for: the n-grams that occur more than once.
-
-    An (n+1)-gram can only repeat where the n-grams at its place and at the next one do, so that after the first sort
-    each longer n looks at few candidates.
-    """
-    result: list[tuple[int, Repeats]] = []
-    grams, candidates = words.hashes, None
-    for n in range(sizes[0], sizes[-1] + 1) if sizes else ():
-        if n > len(words):
-            break
-        grams = ngram_hashes(words.hashes, n) if candidates is None else extend_ngrams(grams, words.hashes, n - 1)
-        again = repeats(grams if candidates is None else grams[candidates])
-        if candidates is not None:
-            again = again._replace(positions=candidates[again.positions])
-        if n in sizes:
-            result.append((n, again))
-        marked = np.zeros(len(grams) + 1, bool)
-        marked[again.positions] = True
-        candidates = np.flatnonzero(marked[:-2] & marked[1:-1])
-    return result
-
-
-def _ngram_lengths(words: Words, again: Repeats, n: int, *, later: bool = False) -> np.ndarray:
-    """Characters of the words in each repeated n-gram; ``later`` leaves out the first of each group."""
-    sums = np.concatenate(([0], np.cumsum(words.lengths)))
-    positions = np.delete(again.positions, again.first) if later else again.positions
-    return sums[positions + n] - sums[positions]
-
-
-def top_ngram_characters(words: Words, again: Repeats, n: int) -> int:
-    """Characters of the most frequent n-gram, its words joined by single spaces, times its occurrences.
-
-    Of several that are equally frequent, the one that occurs first counts.
-    """
-    position, count = 0, 1
-    if again.first.size:
-        count = int(again.counts.max())
-        position = int(again.positions[again.first[again.counts == count]].min())
-    return count * (int(words.lengths[position : position + n].sum()) + n - 1)
-
-
-def duplicate_ngram_characters(words: Words, again: Repeats, n: int) -> int:
-    """Characters of the words in n-grams that occurred before, each counted once.
-
-    The text is walked from the start; an n-gram seen before is counted and skipped as a whole, any other is remembered
-    and the walk moves on by one word. Only n-grams that repeat can matter, so the walk visits those alone.
-    """
-    order = np.argsort(again.positions)
-    positions = again.positions[order]
-    lengths = _ngram_lengths(words, again, n)[order]
-    seen: set[int] = set()
-    total = at = 0
-    for position, group, length in zip(positions.tolist(), again.groups[order].tolist(), lengths.tolist(), strict=True):
-        if position < at:
-            continue
-        if group in seen:
-            total += length
-            at = position + n
-        else:
-            seen.add(group)
-    return total
+        count, characters = duplicates(texts.paragraphs)
+        paragraphs = np.maximum(texts.paragraphs.last - texts.paragraphs.first, 1)
+        measure("duplicate paragraphs", share(count, paragraphs), self.max_duplicate_paragraphs)
+        measure("duplicate paragraph characters", share(characters, size), self.max_duplicate_paragraph_characters)
+        # A newline at either end of the text makes an empty line there; two make one that occurred before.
+        count, characters = duplicates(texts.lines)
+        edges = texts.counts.edges
+        lines = texts.lines.last - texts.lines.first + edges
+        measure("duplicate lines", share(count + (edges == 2), lines), self.max_duplicate_lines)
+        measure("duplicate line characters", share(characters, size), self.max_duplicate_line_characters)
+        top, duplicated = ngram_characters(texts.words, self.max_top_ngram, self.max_duplicate_ngram)
+        for n, limit in self.max_top_ngram.items():
+            measure(f"top {n}-gram", share(top[n], size), limit)
+        for n, limit in self.max_duplicate_ngram.items():
+            measure(f"duplicate {n}-grams", share(duplicated[n], size), limit)
+        return Applied(measures)

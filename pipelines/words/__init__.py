@@ -1,5 +1,6 @@
 """The one fast pass over text that filters, deduplication and decontamination share.
 
+``Texts`` is what the rule sets ask of a batch: words, sentences, lines and paragraphs as the published rules cut them.
 ``shingles``, ``normal_words`` and ``normal.ngram_hashes`` cut words without regard to case and punctuation.
 """
 
@@ -11,7 +12,6 @@ from pipelines.words.single import (
     SOLID,
     Repeats,
     Spans,
-    Texts,
     Words,
     analyse,
     extend_ngrams,
@@ -19,6 +19,7 @@ from pipelines.words.single import (
     repeats,
     word_hash,
 )
+from pipelines.words.texts import Texts
 
 __all__ = [
     "LETTER",

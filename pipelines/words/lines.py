@@ -31,7 +31,8 @@ class Spans(NamedTuple):
         ends: one past the last byte, (spans,), int32.
         lengths: characters, (spans,), int32.
         flags: BLANK and TERMINATED, (spans,), uint8.
-        last: one past the last span of each document, (documents,), int64.
+        first: first span of each document, (documents,), int64.
+        last: one past its last span, (documents,), int64.
     """
 
     hashes: np.ndarray
@@ -39,6 +40,7 @@ class Spans(NamedTuple):
     ends: np.ndarray
     lengths: np.ndarray
     flags: np.ndarray
+    first: np.ndarray
     last: np.ndarray
 
 
@@ -89,7 +91,7 @@ def lines(data: np.ndarray, offsets: np.ndarray) -> tuple[Spans, Spans, Counts]:
 def _room(offsets: np.ndarray) -> Spans:
     room = int(offsets[-1] - offsets[0]) // 2 + len(offsets)  # the most that there can be; untouched memory is free
     kinds = (np.uint64, np.int32, np.int32, np.int32, np.uint8)
-    return Spans(*(np.empty(room, kind) for kind in kinds), np.zeros(len(offsets) - 1, np.int64))
+    return Spans(*(np.empty(room, kind) for kind in kinds), *np.zeros((2, len(offsets) - 1), np.int64))
 
 
 @njit(cache=True, nogil=True)
@@ -102,12 +104,14 @@ def _run(  # noqa: C901 - one loop, for speed
     ends,
     lengths,
     flags,
+    first,
     last,
     par_hashes,
     par_starts,
     par_ends,
     par_lengths,
     par_flags,
+    par_first,
     par_last,
     counts,
 ):
@@ -115,6 +119,7 @@ def _run(  # noqa: C901 - one loop, for speed
     m = np.int64(0)
     for d in range(len(offsets) - 1):
         begin, end = offsets[d], offsets[d + 1]
+        first[d], par_first[d] = n, m
         # where the stripped text starts and ends
         left = begin
         while left < end:

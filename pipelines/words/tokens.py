@@ -65,7 +65,8 @@ class Tokens(NamedTuple):
         ends: one past its last byte, (words,), int32.
         lengths: its characters, (words,), int32.
         flags: LETTERS, COUNTED, PUNCTUATION and SENTENCE, (words,), uint8.
-        last: one past the last word of each document, (documents,), int64.
+        first: first word of each document, (documents,), int64.
+        last: one past its last word, (documents,), int64.
     """
 
     hashes: np.ndarray
@@ -73,6 +74,7 @@ class Tokens(NamedTuple):
     ends: np.ndarray
     lengths: np.ndarray
     flags: np.ndarray
+    first: np.ndarray
     last: np.ndarray
 
 
@@ -107,14 +109,14 @@ def english() -> Exceptions:
     texts = [word.encode() for word in words]
     offsets = np.cumsum([0, *map(len, texts)])
     cut = _tokens(np.frombuffer(b"".join(texts), np.uint8), _frozen(offsets), empty)
-    counts = np.diff(cut.last, prepend=0)
+    counts = cut.last - cut.first
     for i, (word, pieces) in enumerate(words.items()):
         slot = _free(found.keys, word_hash(word))
         found.pieces[slot] = sum(len(piece) << 8 * k for k, piece in enumerate(pieces))
         found.lengths[ord(word[0]) & 0xFF] |= np.uint32(1 << len(word))
         if counts[i] > 1:
             found.parts[slot] = counts[i]
-            second = texts[i][cut.starts[cut.last[i] - counts[i] + 1] :].decode()[0]
+            second = texts[i][cut.starts[cut.first[i] + 1] :].decode()[0]
             found.pairs[ord(word[0]) & 0xFF, ord(second) & 0xFF] = True
     for unit in UNITS:
         _free(found.keys, word_hash(unit) ^ int(UNIT))
@@ -144,7 +146,7 @@ def _tokens(data: np.ndarray, offsets: np.ndarray, special: Exceptions) -> Token
         np.empty(room, np.int32),
         np.empty(room, np.int32),
         np.empty(room, np.uint8),
-        np.zeros(len(offsets) - 1, np.int64),
+        *np.zeros((2, len(offsets) - 1), np.int64),
     )
     longest = min(_STRETCH, int(np.diff(offsets).max(initial=0))) + 1
     codes, kinds, at, bounds = (np.empty(longest, t) for t in (np.uint32, np.uint32, np.int32, np.int32))
@@ -170,6 +172,7 @@ def _run(  # noqa: C901 - one loop, for speed
     ends,
     sizes,
     flags,
+    firsts,
     last,
     codes,
     kinds,
@@ -180,6 +183,7 @@ def _run(  # noqa: C901 - one loop, for speed
     n = np.int64(0)
     for d in range(len(offsets) - 1):
         begin, end = offsets[d], offsets[d + 1]
+        firsts[d] = n
         seen = True  # a closing mark; the first word starts a sentence
         first = True
         i = begin
