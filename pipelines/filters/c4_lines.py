@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from pipelines.words import Texts, characters
-from pipelines.words.codes import decode
+from pipelines.words.codes import decode, kernel
 from pipelines.words.tokens import SENTENCE, tokens
 
 OUTCOMES = (
@@ -108,7 +107,7 @@ def edit(
     return Edited(out[: offsets[-1]], offsets, sentences, lines)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _citation(data, i, end):
     """Bytes of the citation that starts at byte i, 0 if there is none: [1], [], [edit], [citation needed]."""
     k = i + 1
@@ -121,7 +120,7 @@ def _citation(data, i, end):
     return len(_NEEDED) if _is_at(data, i, end, _NEEDED) else 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _is_at(data, i, end, words):
     p = 0
     while p < len(words) and i + p < end and data[i + p] == words[p]:
@@ -129,7 +128,7 @@ def _is_at(data, i, end, words):
     return p == len(words)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _ends_open(data, begin, end):
     """Does a line not end in terminal punctuation?"""
     if end == begin:
@@ -140,7 +139,7 @@ def _ends_open(data, begin, end):
     return not (last == 0x3F or last == 0x21 or last == 0x22 or last == 0x27)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _search(data, begin, end, needles, needle_offsets, kinds, starts):
     """A bit for each kind of phrase that a line holds, and bit 0 for a curly bracket."""
     found = np.int64(0)
@@ -167,7 +166,7 @@ def _search(data, begin, end, needles, needle_offsets, kinds, starts):
     return found
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _edit(  # noqa: C901 - one loop, for speed
     data,
     begins,
@@ -254,7 +253,8 @@ def _edit(  # noqa: C901 - one loop, for speed
                         p += 1
             else:
                 e = start + right - left
-                out[start:e] = data[left:right]
+                for k in range(right - left):
+                    out[start + k] = data[left + k]
             if terminal and _ends_open(out, start, e):
                 lines[_OPEN, d] += 1
                 continue
@@ -277,8 +277,9 @@ def _edit(  # noqa: C901 - one loop, for speed
                     continue
             lines[_STAYS, d] += 1
             if cut:
-                again[a : a + e - start] = out[start:e]
-                a += e - start
+                for k in range(start, e):
+                    again[a] = out[k]
+                    a += 1
                 changed[n_changed, 0], changed[n_changed, 1] = d, a
                 n_changed += 1
             else:

@@ -6,10 +6,9 @@ A stretch is its code points and their flags (``characters``) from ``lo`` to ``h
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from pipelines.words import characters
-from pipelines.words.codes import PRIME, SEED, hash_codes, mix
+from pipelines.words.codes import PRIME, SEED, hash_codes, kernel, mix
 
 _PREFIX, _SUFFIX, _CURRENCY, _DIGIT = characters.PREFIX, characters.SUFFIX, characters.CURRENCY, characters.DIGIT
 _LOWER, _UPPER, _ALPHA = characters.LOWER, characters.UPPER, characters.LOWER | characters.UPPER
@@ -23,7 +22,7 @@ UNIT = np.uint64(0x5851F42D4C957F2D)
 """Sets the hash of a unit apart from that of an exception in the same table."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def slot_of(keys, h):
     """Where a hash lies in the table of exceptions, or -1."""
     slot = np.int64(h & np.uint64(SLOTS - 1))
@@ -34,7 +33,7 @@ def slot_of(keys, h):
     return np.int64(-1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _special(codes, lo, hi, keys, lengths):
     """The slot of the exception that stretches from lo to hi, or -1."""
     if hi - lo > LONGEST or (lengths[codes[lo] & 0xFF] >> np.uint32(hi - lo)) & 1 == 0:
@@ -42,7 +41,7 @@ def _special(codes, lo, hi, keys, lengths):
     return slot_of(keys, hash_codes(codes[lo:hi]))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _prefix(codes, kinds, lo, hi):
     """Characters that come off the front of a stretch, 0 if none."""
     c = codes[lo]
@@ -63,7 +62,7 @@ def _prefix(codes, kinds, lo, hi):
     return 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _suffix(codes, kinds, lo, hi, keys):  # noqa: C901 - a list of cases
     """Characters that come off the end of a stretch, 0 if none."""
     last, c = kinds[hi - 1], codes[hi - 1]
@@ -105,7 +104,7 @@ def _suffix(codes, kinds, lo, hi, keys):  # noqa: C901 - a list of cases
     return found
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _number(codes, kinds, at, hi):
     """A decimal number of at most three digits: its value and where it ends; -1 if there is none."""
     value, k = 0, at
@@ -117,7 +116,7 @@ def _number(codes, kinds, at, hi):
     return value, k
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _address(codes, kinds, lo, hi):
     """Where a public IP address that starts at lo ends, or -1."""
     a, k = _number(codes, kinds, lo, hi)
@@ -138,7 +137,7 @@ def _address(codes, kinds, lo, hi):
     return k
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _host(codes, kinds, lo, hi):
     """Is the stretch a host name or address, with or without port and path?"""
     p = _address(codes, kinds, lo, hi)
@@ -172,7 +171,7 @@ def _host(codes, kinds, lo, hi):
     return p == hi or codes[p] == 0x2F or codes[p] == 0x3F or codes[p] == 0x23
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _url(codes, kinds, lo, hi):
     """Is the stretch a URL, a host name or an e-mail address?"""
     if _host(codes, kinds, lo, hi):
@@ -185,7 +184,7 @@ def _url(codes, kinds, lo, hi):
     return _mail(codes, kinds, lo, hi)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _mail(codes, kinds, lo, hi):
     """Is the stretch a host name after something and an at sign?"""
     for p in range(lo + 1, hi - 1):  # noqa: SIM110 - a generator is slower here
@@ -194,7 +193,7 @@ def _mail(codes, kinds, lo, hi):
     return False
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _infix(codes, kinds, p, lo, hi):
     """Characters of the infix at p within the stretch from lo to hi, 0 if there is none."""
     c, kind = codes[p], kinds[p]
@@ -227,7 +226,7 @@ def _infix(codes, kinds, p, lo, hi):
     return 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _mark(cuts, lo, pieces):
     """Cut after each of an exception's pieces."""
     while pieces:
@@ -236,7 +235,7 @@ def _mark(cuts, lo, pieces):
         pieces >>= np.uint32(8)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def cut_stretch(codes, kinds, m, dots, cuts, keys, pieces, lengths):
     """Mark in ``cuts`` where a stretch of m characters without white space is cut."""
     lo, hi = np.int64(0), np.int64(m)
@@ -278,7 +277,7 @@ def cut_stretch(codes, kinds, m, dots, cuts, keys, pieces, lengths):
             p += max(size, 1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def joined(codes, bounds, t, k, keys, parts, pairs):
     """How many neighbours from part t on make up an exception, and its slot."""
     best, slot = np.int64(0), np.int64(-1)

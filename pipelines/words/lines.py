@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from pipelines.words import characters
-from pipelines.words.codes import PRIME, SEED, decode, mix
+from pipelines.words.codes import PRIME, SEED, decode, kernel, mix
 
 BLANK = 1
 """Flag of a line that holds nothing but white space."""
@@ -94,7 +93,7 @@ def _room(offsets: np.ndarray) -> Spans:
     return Spans(*(np.empty(room, kind) for kind in kinds), *np.zeros((2, len(offsets) - 1), np.int64))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _run(  # noqa: C901 - one loop, for speed
     data,
     offsets,

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
 from pipelines.words import characters
-from pipelines.words.codes import PRIME, SEED, decode, mix
+from pipelines.words.codes import PRIME, SEED, decode, kernel, mix
 from pipelines.words.columns import buffers
 
 _SOLID = characters.SOLID
@@ -70,7 +69,9 @@ def ngram_hashes(words: NormalWords, n: int) -> tuple[np.ndarray, np.ndarray]:
     grams = np.where(counts == 0, 0, np.maximum(1, counts - (n - 1)))
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(grams, out=offsets[1:])
-    return _ngrams(words.hashes, words.offsets, offsets, n), offsets
+    hashes = np.empty(offsets[-1], np.uint64)
+    _ngrams(words.hashes, words.offsets, offsets, n, hashes)
+    return hashes, offsets
 
 
 def shingles(column: pa.Array | pa.ChunkedArray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +84,7 @@ def shingles(column: pa.Array | pa.ChunkedArray, n: int) -> tuple[np.ndarray, np
     return (hashes >> np.uint64(32)).astype(np.uint32), offsets
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _cut(data, offsets, flags, lower, hashes, starts, ends, counts):
     n = 0
     for d in range(len(offsets) - 1):
@@ -115,9 +116,8 @@ def _cut(data, offsets, flags, lower, hashes, starts, ends, counts):
         counts[d + 1] = n
 
 
-@njit(cache=True, nogil=True)
-def _ngrams(hashes, offsets, out_offsets, n):
-    out = np.empty(out_offsets[-1], np.uint64)
+@kernel
+def _ngrams(hashes, offsets, out_offsets, n, out):
     top = np.uint64(1)
     for _ in range(n - 1):
         top *= _STEP
@@ -135,4 +135,3 @@ def _ngrams(hashes, offsets, out_offsets, n):
                 at += 1
         if last - first < n:
             out[at] = mix(gram)
-    return out

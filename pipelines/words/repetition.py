@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from numba import njit
 
+from pipelines.words.codes import kernel
 from pipelines.words.lines import Spans
 from pipelines.words.tokens import COUNTED, LETTERS, Tokens, word_hash
 
@@ -102,7 +102,7 @@ def _most(spans: Tokens | Spans) -> int:
     return int((spans.last - spans.first).max(initial=0))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _duplicates(hashes, lengths, flags, first, last, skip, keys, counts, characters):
     for d in range(len(first)):
         size = last[d] - first[d]
@@ -126,7 +126,7 @@ def _duplicates(hashes, lengths, flags, first, last, skip, keys, counts, charact
             keys[slot] = h
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _ngrams(hashes, lengths, first, last, wanted, keys, counts, grams, sums, places, slot_of, found):  # noqa: C901 - one loop
     start = np.int64(0)
     while not wanted[start]:
@@ -203,7 +203,7 @@ def _ngrams(hashes, lengths, first, last, wanted, keys, counts, grams, sums, pla
                 n_places = np.int64(0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _totals(hashes, lengths, flags, first, last, keys, met, found):
     mask = np.uint64(len(keys) - 1)
     for d in range(len(first)):

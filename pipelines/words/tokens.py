@@ -16,10 +16,9 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from pipelines.words import characters
-from pipelines.words.codes import PRIME, SEED, decode, hash_codes, mix
+from pipelines.words.codes import PRIME, SEED, decode, hash_codes, kernel, mix
 from pipelines.words.cutting import LONGEST, SLOTS, UNIT, cut_stretch, joined, slot_of
 from pipelines.words.english import UNITS, exceptions
 
@@ -105,6 +104,8 @@ def english() -> Exceptions:
         np.zeros((256, 256), np.bool_),
     )
     found = Exceptions(*(array.copy() for array in empty))
+    for array in empty:
+        _frozen(array)
     # The rules alone say which parts of an exception will stand side by side.
     texts = [word.encode() for word in words]
     offsets = np.cumsum([0, *map(len, texts)])
@@ -157,7 +158,7 @@ def _tokens(data: np.ndarray, offsets: np.ndarray, special: Exceptions) -> Token
     return found
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _run(  # noqa: C901 - one loop, for speed
     data,
     offsets,
