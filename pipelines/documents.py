@@ -62,6 +62,17 @@ def document_id(source: str, path: str, record: str | int) -> str:
     return xxhash.xxh3_128_hexdigest(f"{source}\0{path}\0{record}".encode("utf-8", "surrogatepass"))
 
 
+def copy_id(document: str, copy: int) -> str:
+    """Id of the copy of a document that a mix repeats; copy 0 is the document itself."""
+    return f"{document}#{copy + 1}" if copy else document
+
+
+def original_id(document: str) -> str:
+    """Id of the document that an id of ``copy_id`` is a copy of."""
+    original, _, number = document.rpartition("#")
+    return original if original and number.isdecimal() else document
+
+
 def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema = SCHEMA) -> pa.Table:
     """Rows (missing keys become null, ``metadata`` dicts become JSON) as a table of ``schema``."""
     rows = list(rows)
