@@ -22,6 +22,7 @@ import xxhash
 
 from pipelines import sources, storage
 from pipelines.documents import InputError
+from pipelines.extract import Extractor, ExtractSettings
 from pipelines.filters import Applied, Batch, Measure
 from pipelines.sources import Source
 from pipelines.stage import Stage, require_manifest
@@ -109,6 +110,10 @@ class QualityClassifier:
             columns["metadata"] = with_score(batch.table["metadata"].to_pylist(), scores)
         return Applied(measures, columns=columns)
 
+    def fingerprint(self) -> str:
+        """Of the model."""
+        return require_manifest(self.model, "curate")["fingerprint"]
+
     def score(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Probability of being good of each text, (documents,), float64."""
         from pipelines.filters import linear  # late: it compiles
@@ -142,7 +147,7 @@ def with_score(metadata: list[str | None], scores: np.ndarray) -> pa.Array:
     return pa.array(out, pa.string())
 
 
-def prepare(settings: QualityClassifier, folder: str) -> tuple[QualityClassifier, str]:
+def prepare(settings: QualityClassifier, folder: str) -> QualityClassifier:
     """Train the model, unless it is there or one is named.
 
     Args:
@@ -150,7 +155,7 @@ def prepare(settings: QualityClassifier, folder: str) -> tuple[QualityClassifier
         folder: where the model and its manifest go.
 
     Returns:
-        The settings to apply, with ``model`` filled in, and the fingerprint of the model.
+        The settings to apply: with ``model`` in place of ``good`` and ``bad``.
 
     Raises:
         FileNotFoundError: a source has no files, or the folder named by ``model`` no model.
@@ -158,8 +163,9 @@ def prepare(settings: QualityClassifier, folder: str) -> tuple[QualityClassifier
     """
     settings.validate()
     if settings.model:
-        model = storage.absolute(settings.model)
-        return replace(settings, model=model), require_manifest(model, "curate")["fingerprint"]
+        ready = replace(settings, model=storage.absolute(settings.model))
+        ready.fingerprint()
+        return ready
     units = {name: sources.discover(getattr(settings, name)) for name in ("good", "bad")}
     inputs = {
         name: xxhash.xxh3_128_hexdigest(json.dumps([[u.name, u.files, u.bytes, u.changed] for u in found]).encode())
@@ -174,10 +180,15 @@ def prepare(settings: QualityClassifier, folder: str) -> tuple[QualityClassifier
 
         stage.begin()
         log.info("quality model: trains on up to %d documents of each set", settings.documents)
-        facts = ray.get(ray.remote(train).remote(folder, units, settings))
+        try:
+            facts = ray.get(ray.remote(train).remote(folder, units, settings))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, InputError):
+                raise error.cause from None
+            raise
         stage.publish(facts)
         log.info("quality model: done, held-out AUC %.3f, accuracy %.3f", facts["auc"], facts["accuracy"])
-    return replace(settings, model=folder, good=[], bad=[]), stage.fingerprint
+    return replace(settings, model=folder, good=[], bad=[])
 
 
 def train(folder: str, units: dict[str, list[sources.Unit]], settings: QualityClassifier) -> dict[str, Any]:
@@ -233,29 +244,31 @@ def _measured(scores: np.ndarray, y: np.ndarray) -> dict[str, Any]:
 
 def _batches(units: list[sources.Unit], most: int) -> Iterator[list[str]]:
     """Texts of the units, of each about as many, cut to a length that bounds memory."""
-    from pipelines.extract import extract_text
-
     batch: list[str] = []
     left = most
-    for i, unit in enumerate(units):
-        share = -(-left // (len(units) - i))
-        for record in sources.read(unit):
-            if share == 0:
-                break
-            if not isinstance(record, dict):
-                continue  # malformed: of a sample, only the good records count
-            text = record.get("text")
-            if text is None:
-                try:
-                    text = extract_text(record["html"], record.get("content_type"))
-                except Exception:  # noqa: S112 (a page that is not HTML is no example)
+    with Extractor(ExtractSettings()) as extractor:
+        for i, unit in enumerate(units):
+            share = -(-left // (len(units) - i))
+            for record in sources.read(unit) if share else ():
+                text = _text(record, extractor)
+                if not text.strip():
                     continue
-            if not text.strip():
-                continue
-            batch.append(text[:_CHARACTERS])
-            share, left = share - 1, left - 1
-            if len(batch) == _BATCH:
-                yield batch
-                batch = []
+                batch.append(text[:_CHARACTERS])
+                if len(batch) == _BATCH:
+                    yield batch
+                    batch = []
+                share, left = share - 1, left - 1
+                if share == 0:
+                    break
     if batch:
         yield batch
+
+
+def _text(record: Any, extractor: Extractor) -> str:
+    """A record's text; of a sample only the good ones count, so what is malformed has none."""
+    if not isinstance(record, dict):
+        return ""
+    if "html" in record:
+        (text,) = extractor([(record["html"], record.get("content_type"))])
+        return text if isinstance(text, str) else ""
+    return record["text"] or ""

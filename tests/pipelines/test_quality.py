@@ -126,7 +126,8 @@ def test_parts_are_joined_and_selected_document_by_document():
 def test_separable_sets_are_told_apart_and_trained_on_once(tmp_path):
     rules = settings(tmp_path, sentences(GOOD, 300, 1), sentences(BAD, 400, 2), store_score=True)
     folder = str(tmp_path / "model")
-    ready, fingerprint = prepare(rules, folder)
+    ready = prepare(rules, folder)
+    fingerprint = ready.fingerprint()
     manifest = storage.read_json(f"{folder}/manifest.json")
     assert manifest["auc"] > 0.999
     assert manifest["accuracy"] > 0.99
@@ -147,11 +148,11 @@ def test_separable_sets_are_told_apart_and_trained_on_once(tmp_path):
     before = storage.read_bytes(f"{folder}/model.npz")
     written = storage.list_files(folder)
     again = prepare(replace(rules, threshold=0.9), folder)  # does not change the model
-    assert (again[1], again[0].threshold) == (fingerprint, 0.9)
+    assert (again.fingerprint(), again.threshold) == (fingerprint, 0.9)
     assert storage.list_files(folder) == written
-    assert prepare(QualityClassifier(model=folder), "unused")[1] == fingerprint
-    assert prepare(replace(rules, ngrams=1), folder)[1] != fingerprint
-    assert prepare(rules, folder)[1] == fingerprint
+    assert prepare(QualityClassifier(model=folder), "unused").fingerprint() == fingerprint
+    assert prepare(replace(rules, ngrams=1), folder).fingerprint() != fingerprint
+    assert prepare(rules, folder).fingerprint() == fingerprint
     assert storage.read_bytes(f"{folder}/model.npz") == before  # the same documents, the same model, byte for byte
 
 
@@ -178,6 +179,23 @@ def test_a_model_that_is_not_there_is_named():
         prepare(QualityClassifier(model="/nowhere"), "unused")
     with pytest.raises(FileNotFoundError, match="no quality model"):
         QualityClassifier().apply(Batch(to_table([{"id": "1", "text": "x"}])))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_pages_are_examples_and_files_give_an_even_share(tmp_path):
+    from jobs.demo_corpus import warc_member
+
+    (tmp_path / "bad").mkdir()
+    for k in range(3):
+        jsonl(tmp_path / "bad" / f"{k}.jsonl", sentences(BAD, 10 if k == 1 else 300, k))
+    pages = [f"<html><body><p>{text}</p></body></html>".encode() for text in sentences(GOOD, 150, 1)]
+    warc = tmp_path / "good.warc"
+    warc.write_bytes(b"".join(warc_member("response", f"http://x/{i}", page) for i, page in enumerate(pages)))
+    rules = QualityClassifier([Source("warc", str(warc))], [Source("jsonl", str(tmp_path / "bad"))], documents=210)
+    prepare(rules, str(tmp_path / "model"))
+    counts = storage.read_json(str(tmp_path / "model/manifest.json"))["documents"]
+    assert sum(counts["good"].values()) == 150
+    assert sum(counts["bad"].values()) == 70 + 10 + 130  # what a small file lacks comes from those after it
 
 
 # the Pareto rule
