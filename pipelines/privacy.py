@@ -67,6 +67,11 @@ class PrivacyRules:
     phone_number: str = "555-0100"
     """What stands in place of a telephone number; the default is reserved for fiction."""
 
+    def validate(self) -> None:
+        """Raise ValueError when there is nothing to do."""
+        if self.enabled and not (self.emails or self.ip_addresses or self.phone_numbers):
+            raise ValueError("emails, ip_addresses and phone_numbers are all false; set enabled to false instead")
+
     def apply(self, batch: Batch) -> Applied:
         """Mask the documents; counts what was masked by kind."""
         from pipelines import privacy_scan as scan

@@ -76,6 +76,8 @@ def test_each_kind_can_be_switched_off():
     text = "a@example.com 151.101.1.1 2606:4700:4700::1111 +49 30 1234567, 212-555-2368"
     off = PrivacyRules(emails=False, ip_addresses=False, phone_numbers=False)
     assert off.apply(Batch(to_table([{"text": text}]))).text is None
+    with pytest.raises(ValueError, match="set enabled to false"):
+        off.validate()
     for name, rest in (
         ("emails", "a@example.com <4> <6> <P>, <P>"),
         ("ip_addresses", "<E> 151.101.1.1 2606:4700:4700::1111 <P>, <P>"),
