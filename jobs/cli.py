@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import json
 import logging
 import os
 import sys
@@ -87,18 +88,66 @@ def parse(job: str, arguments: list[str]) -> Any:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     jsonargparse.set_loader("recipe", recipe, exceptions=(yaml.YAMLError,))
     kind = getattr(settings, JOBS[job][0])
+    takes_sources = "sources" in typing.get_type_hints(kind)
     os.environ.setdefault("COLUMNS", "120")
     parser = jsonargparse.ArgumentParser(
         prog=f"ingot {job}",
         description=kind.__doc__,
         parser_mode="recipe",
         usage=f"ingot {job} [--config RECIPE] [--SETTING VALUE ...]",
+        epilog=_SHORT_SOURCES if takes_sources else None,
     )
     parser.add_argument("--config", action="config", help="recipe: a YAML file with this job's settings, or sections")
     parser.add_class_arguments(kind, as_group=False)
-    values = dict(vars(parser.instantiate(parser.parse_args(_spelled_out(_recipe_first(arguments), kind)))))
+    try:
+        given = _spelled_out(_recipe_first(_long_sources(arguments) if takes_sources else arguments), kind)
+    except ValueError as error:
+        parser.error(str(error))
+    values = dict(vars(parser.instantiate(parser.parse_args(given))))
     values.pop("config", None)
     return kind(**values)
+
+
+_SHORT_SOURCES = """A source may be given in short: --source KIND, then its fields, as in `--source common-crawl --crawl
+CC-MAIN-2026-04 --kind wet --limit 10 --source books --path texts`; after common-crawl, --kind means archives. Up to the
+next --source, an option that is a field of a source belongs to it, so settings of the job that are called the same come
+before; dicts are given whole or key by key (--columns.text content). Such sources take the place of the recipe's."""
+
+
+def _long_sources(arguments: list[str]) -> list[str]:
+    """``--source KIND --FIELD VALUE …`` as entries of ``--sources``.
+
+    Raises:
+        ValueError: a value is missing, or sources are given both ways.
+    """
+    from pipelines.sources import Source
+
+    hints = typing.get_type_hints(Source)
+    sources: list[dict[str, Any]] = []
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        name, _, key = option.removeprefix("--").partition(".")
+        if option == "--source":
+            name = "kind"
+            sources.append({})
+        elif not sources or not option.startswith("--") or name not in hints:
+            others.append(argument)
+            continue
+        elif option == "--kind" and sources[-1]["kind"] == "common-crawl":
+            name = "archives"
+        value = value if equals else next(rest, None)
+        if value is None or (not equals and value.startswith("--")):
+            raise ValueError(f"{option} wants a value")
+        parsed = value if hints[name] is str else yaml.safe_load(value)
+        if key:
+            sources[-1].setdefault(name, {})[key] = parsed
+        else:
+            sources[-1][name] = parsed
+    if sources and any(argument.partition("=")[0] == "--sources" for argument in others):
+        raise ValueError("give sources either as --sources or as --source KIND, not both ways")
+    return [*others, "--sources", json.dumps(sources)] if sources else others
 
 
 def _recipe_first(arguments: list[str]) -> list[str]:

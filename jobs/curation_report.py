@@ -15,7 +15,8 @@ from jobs.charts import byte_size, number, picture
 from jobs.page import figure, folded, page, table, tiles
 from jobs.pictures import funnel_chart
 from pipelines import statistics, storage
-from pipelines.curate import CLUSTERS, stage_manifests
+from pipelines.curate import stage_manifests
+from pipelines.dedup import clusters, published
 from pipelines.stage import part_uris, read_part
 
 REPORT = "report.html"
@@ -284,7 +285,7 @@ def _clusters(corpus: str) -> str:
     """The largest sets of duplicates that each search found, with some of their members."""
     parts = []
     for name in ("exact", "near"):
-        uri = storage.join(corpus, name, CLUSTERS)
+        uri = storage.join(corpus, name, published.FOLDER, clusters.REPORT)
         if not storage.exists(uri):
             continue
         found = storage.read_json(uri)

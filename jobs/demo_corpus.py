@@ -92,7 +92,10 @@ def make_corpus(folder: str, seed: int = 0) -> list[Source]:
 
 def _sources(folder: str) -> list[Source]:
     return [
-        Source(kind="warc", path=f"{folder}/web", name="web"),
+        # C4's rules would drop every page with a curly bracket, which manuals of a programming language hold.
+        Source(
+            kind="warc", path=f"{folder}/web", name="web", rules=["language", "gopher_repetition", "gopher_quality"]
+        ),
         Source(kind="books", path=f"{folder}/books", name="books"),
         Source(kind="jsonl", path=f"{folder}/descriptions.jsonl", name="descriptions"),
         Source(kind="code", path=f"{folder}/code", name="code"),

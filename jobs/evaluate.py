@@ -64,6 +64,7 @@ def validation(trained: Trained, workspace: str, samples: int, batch: int) -> di
     """
     import torch
 
+    from models.loss import IGNORE, inputs_and_targets
     from pipelines.batches import Batches
     from pipelines.shards import TokenShards
 
@@ -88,13 +89,13 @@ def validation(trained: Trained, workspace: str, samples: int, batch: int) -> di
     lengths[: len(of_tokenizer)] = of_tokenizer
     nats, tokens, size = 0.0, 0.0, 0.0
     for rows, weights in split.in_order(samples, 0, 1, batch):
-        inputs = torch.from_numpy(rows[weights > 0])
+        inputs, targets = inputs_and_targets(torch.from_numpy(rows[weights > 0]))
         with torch.inference_mode():
-            targets = inputs[:, 1:].to(trained.device)
-            losses = trained.model(inputs[:, :-1].to(trained.device), targets, reduction="none")
+            losses = trained.model(inputs.to(trained.device), targets.to(trained.device), reduction="none")
         nats += losses.double().sum().item()
+        targets = targets[targets != IGNORE]
         tokens += targets.numel()
-        size += lengths[inputs[:, 1:]].sum().item()
+        size += lengths[targets].sum().item()
     return {"validation_loss": nats / tokens, "validation_bits_per_byte": nats / math.log(2) / size}
 
 

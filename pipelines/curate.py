@@ -20,12 +20,16 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipelines import sources, storage
-from pipelines.dedup import exact, minhash
+from pipelines.dedup import exact, minhash, published
 from pipelines.documents import BadRecord, set_aside_bad_records, to_table
 from pipelines.extract import ExtractionError, Extractor, ExtractSettings
-from pipelines.filters import Verdict
+from pipelines.filters import Verdict, quality
+from pipelines.filters.c4 import C4
 from pipelines.filters.chain import filter_part, set_aside
+from pipelines.filters.code import CodeRules
+from pipelines.filters.fineweb import FineWeb
 from pipelines.filters.gopher import GopherQuality, GopherRepetition
+from pipelines.filters.quality import QualityClassifier
 from pipelines.filters.url import UrlRules
 from pipelines.language import LanguageFilter
 from pipelines.sources import Source
@@ -47,15 +51,12 @@ log = logging.getLogger("ingot")
 STAGES = ("extract", "filter", "exact", "near")
 """All stages, in order; those that the settings switch off are left out."""
 
-CLUSTERS = "clusters.json"
-"""Below the folders of exact and near: clusters by size, and the largest ones."""
+RULES = ("url", "language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "code", "quality")
+"""The rule sets of the filter stage by the names of their settings."""
 
-RULES = ("url", "language", "gopher_repetition", "gopher_quality")
-"""The rule sets of the filter stage by the names of their settings, in the order in which they are asked by default."""
-
-_PROSE = ("language", "gopher_repetition", "gopher_quality")
-_WEB = ("url", "language", "gopher_repetition", "gopher_quality")
-_KIND_RULES = {"warc": _WEB, "wet": _WEB, "code": ()}
+_PROSE = ("language", "gopher_repetition", "gopher_quality", "quality")
+_WEB = ("url", "language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "quality")  # as FineWeb's
+_KIND_RULES = {"warc": _WEB, "wet": _WEB, "common-crawl": _WEB, "code": ("code",)}
 _KIND_SETTINGS: dict[str, dict[str, Any]] = {
     "books": {"gopher_quality.max_words": sys.maxsize},  # a book is a whole work
 }
@@ -75,15 +76,25 @@ class CurationSettings:
     extract: ExtractSettings = field(default_factory=ExtractSettings)
     """How HTML becomes text."""
     rules: list[str] | None = None
-    """Rule sets of the filter stage, in the order in which they are asked; null takes those for each source's kind."""
+    """Rule sets of the filter stage, in the order in which they are asked. null takes those for each source's kind: for
+    pages url, language, gopher_repetition, gopher_quality, c4, fineweb, quality; for code, code; for everything else
+    language, gopher_repetition, gopher_quality, quality."""
     url: UrlRules = field(default_factory=UrlRules)
     """Lists of domains, addresses and words that pages must not come from (Penedo et al. 2023)."""
     language: LanguageFilter = field(default_factory=LanguageFilter)
-    """Languages to keep; code is not asked."""
+    """Languages to keep."""
     gopher_repetition: GopherRepetition = field(default_factory=GopherRepetition)
-    """Rules against repetition for prose (Rae et al. 2021); code is not asked."""
+    """Rules against repetition (Rae et al. 2021)."""
     gopher_quality: GopherQuality = field(default_factory=GopherQuality)
-    """Rules of quality for prose (Rae et al. 2021); code is not asked, and books may have any number of words."""
+    """Rules of quality (Rae et al. 2021); books may have any number of words."""
+    c4: C4 = field(default_factory=lambda: C4(terminal_punctuation=False))
+    """Lines and pages that are no prose (Raffel et al. 2020); as in FineWeb, lines may end without punctuation."""
+    fineweb: FineWeb = field(default_factory=FineWeb)
+    """Rules on lines (Penedo et al. 2024)."""
+    code: CodeRules = field(default_factory=CodeRules)
+    """Rules for source code (Kocetkov et al. 2022; Lozhkov et al. 2024)."""
+    quality: QualityClassifier = field(default_factory=QualityClassifier)
+    """A linear model, trained from two sets of documents that you name; acts when they are given."""
     exact: exact.ExactDedup = field(default_factory=exact.ExactDedup)
     """Removal of exact duplicates."""
     near: minhash.MinHashDedup = field(default_factory=minhash.MinHashDedup)
@@ -205,13 +216,13 @@ class _Graph:
         """Documents that the rules of their source let through."""
         chains = [rules_for(self.settings, source) for source in self.settings.sources]
         plain = [[[name, asdict(rule)] for name, rule in chain.items()] for chain in chains]
-        # The files that rules read are inputs too.
-        files = {
-            f"{i} {name}": rule.fingerprint()
-            for i, chain in enumerate(chains)
-            for name, rule in chain.items()
-            if hasattr(rule, "fingerprint")
-        }
+        files: dict[str, str] = {}  # that rules read are inputs too
+        for i, chain in enumerate(chains):
+            if "quality" in chain:
+                folder = storage.join(self.corpus, "quality-model")
+                chain["quality"], files[f"{i} quality"] = quality.prepare(chain["quality"], folder)
+            if "url" in chain:
+                files[f"{i} url"] = chain["url"].fingerprint()
         stage = self._stage("filter", {"rules": plain}, files)
         self._parts(stage, filter_part, lambda part: {"chain": list(chains[part["source"]].values())})
 
@@ -219,14 +230,15 @@ class _Graph:
         """Documents without those that ``module.find_duplicates`` lists."""
         if not settings.enabled:
             return
-        stage = self._stage(name, asdict(settings))
+        sets = {f"against {entry}": made for entry, made in published.set_contents(settings.against, name).items()}
+        stage = self._stage(name, asdict(settings), sets)
         found = storage.join(stage.folder, "_duplicates")
 
         def prepare(parts: list[str]) -> None:
             done = storage.join(found, "done.json")
             if not storage.exists(done):
                 log.info("%s: looks for duplicates in %d parts", name, len(parts))
-                module.find_duplicates(parts, found, settings)
+                module.find_duplicates(parts, found, settings, publish=storage.join(stage.folder, published.FOLDER))
                 storage.write_json(done, {"parts": len(parts)})
 
         self._parts(

@@ -118,12 +118,11 @@ def compare(
 def our_rules(texts: list[str]) -> None:
     """The chain of the filter stage, batch by batch."""
     from pipelines.filters.c4 import C4
-    from pipelines.filters.fineweb import FineWeb
-
     from pipelines.filters.chain import filter_table
+    from pipelines.filters.fineweb import FineWeb
     from pipelines.filters.gopher import GopherQuality, GopherRepetition
 
-    chain = [GopherRepetition(), GopherQuality(), C4(), FineWeb()]
+    chain = [GopherRepetition(), GopherQuality(), C4(terminal_punctuation=False), FineWeb()]
     for batch in batches(texts):
         filter_table(batch, chain)
 

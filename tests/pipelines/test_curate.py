@@ -113,11 +113,11 @@ def test_the_whole_graph_counts_every_document_and_says_why_each_went(tmp_path):
     manifests = curate(corpus, made)
     assert list(manifests) == ["extract", "filter", "exact", "near"]
     assert [m["documents_out"] for m in manifests.values()] == [11, 10, 9, 8]
-    assert list(manifests["filter"]["set_aside"]) == ["gopher quality: too few words"]
+    assert list(manifests["filter"]["set_aside"]) == ["gopher repetition: top 2-gram"]
     assert list(manifests["exact"]["set_aside"]) == ["exact duplicate"]
     assert manifests["near"]["statistics"]["documents"]["sources"]["b"]["documents"] == 2
     few = manifests["filter"]["statistics"]["measures"]["gopher quality: too few words"]["decades"]
-    assert sum(few["bins"].values()) == 9
+    assert sum(few["bins"].values()) == 8
     assert list(few["limits"]) == ["50 inf"]
     folder, manifest = final_corpus(corpus)
     texts = [text for uri in part_uris(folder, manifest) for text in pq.read_table(uri)["text"].to_pylist()]
