@@ -1,4 +1,4 @@
-"""Compiled loops of deduplication: MinHash signatures, Jaccard similarity of sets, components of a graph."""
+"""Compiled loops of deduplication: signatures, similarity of sets, components of a graph, texts without some spans."""
 
 from __future__ import annotations
 
@@ -85,6 +85,52 @@ def sort_sets(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.n
                 at += 1
         ends[d + 1] = at
     return out[:at], ends
+
+
+@njit(cache=True, nogil=True)
+def cut_out(
+    data: np.ndarray,
+    offsets: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    first: np.ndarray,
+    last: np.ndarray,
+    cut: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts without some of their spans, each cut with the newlines after it, up to the next span.
+
+    Args:
+        data: UTF-8 of all documents, uint8.
+        offsets: where each document lies in it, (documents + 1,), int64.
+        starts: first byte of each span within its document, (spans,).
+        ends: one past its last, (spans,).
+        first: first span of each document, (documents,), int64.
+        last: one past its last span, (documents,), int64.
+        cut: which spans go, (spans,), bool.
+
+    Returns:
+        UTF-8 and offsets of what is left; a document whose last span was cut ends without newlines.
+    """
+    out = np.empty(offsets[-1] - offsets[0], np.uint8)
+    ranges = np.zeros(len(offsets), np.int64)
+    n = np.int64(0)
+    for d in range(len(offsets) - 1):
+        begin, at = offsets[d], offsets[d]
+        for s in range(first[d], last[d]):
+            if cut[s]:
+                stop = begin + starts[s]
+                out[n : n + stop - at] = data[at:stop]
+                n += stop - at
+                at = begin + starts[s + 1] if s + 1 < last[d] else offsets[d + 1]
+        if last[d] > first[d] and cut[last[d] - 1]:
+            while n > ranges[d] and out[n - 1] == 10:
+                n -= 1
+        else:
+            stop = offsets[d + 1]
+            out[n : n + stop - at] = data[at:stop]
+            n += stop - at
+        ranges[d + 1] = n
+    return out[:n].copy(), ranges
 
 
 @njit(cache=True, nogil=True)

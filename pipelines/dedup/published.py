@@ -60,6 +60,20 @@ def from_binary(values: pa.ChunkedArray | pa.Array, dtype: str) -> np.ndarray:
     return data[values.offset * width : (values.offset + len(values)) * width].view(dtype).reshape(len(values), -1)
 
 
+def marked(schema: pa.Schema, part: str, how: Any) -> pa.Schema:
+    """A schema whose metadata says of which file, of which size and age, and ``how`` something was made."""
+    info = storage.list_files(part)[0]
+    return schema.with_metadata({_IDENTITY: json.dumps([how, *info], sort_keys=True).encode()})
+
+
+def is_current(uri: str, schema: pa.Schema) -> bool:
+    """Whether a file is there that was made of the same part in the same way as ``schema`` says."""
+    if not storage.exists(uri):
+        return False
+    with storage.open_parquet(uri) as file:
+        return (file.schema_arrow.metadata or {}).get(_IDENTITY) == schema.metadata[_IDENTITY]
+
+
 def fingerprints(
     part: str,
     uri: str,
@@ -79,17 +93,16 @@ def fingerprints(
         policy: of the ranks: keep and score_field.
         make: fingerprints of documents, (documents, values).
     """
-    info = storage.list_files(part)[0]
-    identity = json.dumps([scheme.settings, policy, info.uri, info.size, info.mtime], sort_keys=True).encode()
-    schema = pa.schema(
-        [("id", pa.string()), ("rank", pa.float64()), ("fingerprint", pa.binary(scheme.width))], {_IDENTITY: identity}
+    schema = marked(
+        pa.schema([("id", pa.string()), ("rank", pa.float64()), ("fingerprint", pa.binary(scheme.width))]),
+        part,
+        [scheme.settings, policy],
     )
-    if storage.exists(uri):
+    if is_current(uri, schema):
         with storage.open_parquet(uri) as file:
-            if (file.schema_arrow.metadata or {}).get(_IDENTITY) == identity:
-                for batch in file.iter_batches(columns=["rank", "fingerprint"], batch_size=8192):
-                    yield batch["rank"].to_numpy(), batch["fingerprint"]
-                return
+            for batch in file.iter_batches(columns=["rank", "fingerprint"], batch_size=8192):
+                yield batch["rank"].to_numpy(), batch["fingerprint"]
+        return
     with storage.parquet_writer(uri, schema, compression="none") as out:
         for batch in read_part(part, _ROWS, ["id", "text", *keep.columns(policy[0])]):
             ranks, made = keep.ranks(batch, *policy), to_binary(make(batch))

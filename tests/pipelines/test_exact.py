@@ -1,35 +1,13 @@
+import json
+
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
+from duplicates import read_output, write_parts
 
-from pipelines import storage
 from pipelines.dedup.exact import ExactDedup, find_duplicates
-from pipelines.documents import to_table
 
 
-def write_parts(folder, texts):
-    """Parts with the given texts; ids are ``<part>-<row>``."""
-    parts = []
-    for p, rows in enumerate(texts):
-        uri = storage.join(str(folder), f"part-{p:05d}.parquet")
-        table = to_table({"id": f"{p}-{r}", "text": text} for r, text in enumerate(rows))
-        folder.mkdir(exist_ok=True)
-        pq.write_table(table, uri, row_group_size=7)
-        parts.append(uri)
-    return parts
-
-
-def read_output(output):
-    if not output.exists():
-        return {}
-    return {
-        (file.name, row["row"]): (row["duplicate_of"], row["similarity"])
-        for file in sorted(output.glob("*.parquet"))
-        for row in pq.read_table(file).to_pylist()
-    }
-
-
-@pytest.mark.parametrize("partitions", [None, 1, 2, 5])
+@pytest.mark.parametrize("partitions", [1, 2, 7])
 def test_every_repeat_is_listed_with_the_first_document_of_its_text(ray_session, tmp_path, partitions):
     rng = np.random.default_rng(3)
     texts = [[f"text {i}" for i in rng.integers(0, 60, 40)] for _ in range(3)]
@@ -38,7 +16,7 @@ def test_every_repeat_is_listed_with_the_first_document_of_its_text(ray_session,
     for p, rows in enumerate(texts):
         for r, text in enumerate(rows):
             if text in first:
-                expected[f"part-{p:05d}.parquet", r] = (first[text], 1.0)
+                expected[p, r] = (first[text], 1.0)
             first.setdefault(text, f"{p}-{r}")
     dropped = find_duplicates(parts, str(tmp_path / "out"), ExactDedup(), partitions)
     assert read_output(tmp_path / "out") == expected
@@ -50,7 +28,7 @@ def test_case_and_space_count_unless_told_otherwise(ray_session, tmp_path):
     parts = write_parts(tmp_path / "in", [["One  two", "one two\n", "three"]])
     assert find_duplicates(parts, str(tmp_path / "a"), ExactDedup()) == 0
     assert find_duplicates(parts, str(tmp_path / "b"), ExactDedup(ignore_case_and_space=True)) == 1
-    assert read_output(tmp_path / "b") == {("part-00000.parquet", 1): ("0-0", 1.0)}
+    assert read_output(tmp_path / "b") == {(0, 1): ("0-0", 1.0)}
 
 
 def test_an_earlier_result_does_not_mix_with_a_new_one(ray_session, tmp_path):
@@ -74,3 +52,38 @@ def test_switched_off_it_lists_nothing(ray_session, tmp_path):
 def test_parts_of_the_same_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"two parts are called x\.parquet"):
         find_duplicates(["a/x.parquet", "b/x.parquet"], str(tmp_path), ExactDedup())
+
+
+@pytest.mark.parametrize("partitions", [2])
+def test_a_text_that_very_many_have_gives_the_same_result(ray_session, tmp_path, partitions):
+    rng = np.random.default_rng(4)
+    texts = [["everywhere" if i > 40 else f"text {i}" for i in rng.integers(0, 80, 80)] for _ in range(3)]
+    parts = write_parts(tmp_path / "in", texts)
+    find_duplicates(parts, str(tmp_path / "a"), ExactDedup(), partitions)
+    find_duplicates(parts, str(tmp_path / "b"), ExactDedup(), partitions, limit=20)
+    assert read_output(tmp_path / "a") == read_output(tmp_path / "b")
+    assert len(read_output(tmp_path / "a")) > 100
+
+
+@pytest.mark.parametrize("partitions", [1, 7])
+def test_the_newest_or_best_of_equal_texts_stays(ray_session, tmp_path, partitions):
+    texts = [["same", "same", "other"], ["same", "other"]]
+    days = ["2024-05-01", "2024-05-03T10:00:00Z", "2020-01-01"], ["2024-05-02", None]
+    metadata = [[json.dumps({"date": d, "points": i}) for i, d in enumerate(part)] for part in days]
+    parts = write_parts(tmp_path / "in", texts, metadata)
+    find_duplicates(parts, str(tmp_path / "newest"), ExactDedup(keep="newest"), partitions)
+    assert {k: v[0] for k, v in read_output(tmp_path / "newest").items()} == {
+        (0, 0): "0-1",
+        (1, 0): "0-1",
+        (1, 1): "0-2",
+    }
+    best = ExactDedup(keep="best_score", score_field="points")
+    find_duplicates(parts, str(tmp_path / "best"), best, partitions)
+    assert {k: v[0] for k, v in read_output(tmp_path / "best").items()} == {(0, 0): "0-1", (1, 0): "0-1", (1, 1): "0-2"}
+
+
+def test_a_score_needs_a_field():
+    with pytest.raises(ValueError, match="keep is best_score, which needs score_field"):
+        ExactDedup(keep="best_score").validate()
+    with pytest.raises(ValueError, match="keep is last, must be one of first"):
+        ExactDedup(keep="last").validate()
