@@ -1,14 +1,17 @@
-"""Source code: one document a file, with its language by extension; generated, minified, binary files are skipped."""
+"""Source code: one document a file, with its language by extension; from trees of files and from tar archives.
+
+Tables of code, such as The Stack's, are read as any Parquet and JSON Lines, by their column mapping.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 
 from pipelines import storage
 from pipelines.documents import BadRecord, document_id
-from pipelines.sources import Record, Source, whole_text
+from pipelines.sources import ARCHIVES, Record, Source, stem
+from pipelines.sources.text import decode, whole_file
 
 LANGUAGES = {
     ".ada": "ada", ".asm": "assembly", ".s": "assembly", ".sh": "shell", ".bash": "shell", ".zsh": "shell",
@@ -31,17 +34,17 @@ NAMES = {"makefile": "make", "dockerfile": "docker", "cmakelists.txt": "cmake"}
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "bower_components", "venv", "site-packages"}
 """Folders that hold no code of the tree's own; so do all whose name starts with a dot."""
 
-_GENERATED = re.compile(r"@generated|auto-?generated|generated (?:automatically )?by|do not (?:edit|modify)", re.I)
-_HEAD_LINES = 12
-_MAX_MEAN_LINE = 100  # characters; Lozhkov et al. 2024 (The Stack v2), as in Kocetkov et al. 2022
-
 
 def list_code(source: Source) -> list[storage.FileInfo]:
     """Files of a known language that the source's path (a file, a folder or a glob) names, sorted.
 
+    Archives and tables are taken where the path is one, or a glob that ends in their extension.
+
     Raises:
         FileNotFoundError: nothing is there.
     """
+    if stem(source.path).endswith(ARCHIVES):
+        return storage.list_files(source.path)
     root = storage.local_path(source.path)
     if root is None or not os.path.isdir(root):
         # Folders such as _internal are code too, so that hidden names are sorted out here, as in a local tree below.
@@ -69,37 +72,53 @@ def language_of(uri: str) -> str | None:
 
 
 def read(uri: str, source: Source) -> Iterator[Record | BadRecord]:
-    """The file, unless it is binary, generated, minified or too long."""
-    text = whole_text(uri, source.max_record_bytes, "code")
-    if isinstance(text, BadRecord):
-        yield text._replace(reason="code: binary") if text.reason == "code: bad UTF-8" else text
+    """The file, or those of a known language in a tar archive, unless it is binary, damaged or too long."""
+    if stem(uri).endswith(".tar"):
+        yield from _members(uri, source)
         return
-    if not text.strip():
-        return
-    reason = why_skipped(text)
-    if reason is not None:
-        yield BadRecord(uri, 0, *reason)
+    data = whole_file(uri, source.max_record_bytes, "code")
+    if isinstance(data, BadRecord):
+        yield data
         return
     path = source.relative(uri)
-    yield {
-        "id": document_id(source.label, path, 0),
-        "text": text.replace("\r\n", "\n"),
-        "path": uri,
-        "language": language_of(uri),
-        "offset": 0,
-        "metadata": {"file": path},
-    }
+    found = _document(data, uri, 0, path, document_id(source.label, path, 0))
+    if found is not None:
+        yield found
 
 
-def why_skipped(text: str) -> tuple[str, str] | None:
-    """Reason and detail for a file that nobody wrote by hand, or None."""
-    at = text.find("\0")
+def _members(uri: str, source: Source) -> Iterator[Record | BadRecord]:
+    from pipelines.sources import tar
+
+    for member in tar.members(uri, source.max_record_bytes, _of_tree):
+        if isinstance(member, BadRecord):
+            yield member
+            continue
+        key = document_id(source.label, source.relative(uri), f"{member.position} {member.name}")
+        found = _document(member.data, uri, member.offset, member.name, key)
+        if found is not None:
+            yield found
+
+
+def _of_tree(name: str) -> bool:
+    folders = name.split("/")
+    return language_of(name) is not None and not any(_is_skipped(part) for part in folders if part not in ("", "."))
+
+
+def _document(data: bytes, uri: str, offset: int, name: str, key: str) -> Record | BadRecord | None:
+    """The document of a file's content; None when there is nothing in it."""
+    found = decode(data)
+    if isinstance(found, str):
+        return BadRecord(uri, offset, "code: binary", f"{name}: {found}")
+    at = found.text.find("\0")
     if at >= 0:
-        return "code: binary", f"a NUL character at {at}"
-    marker = _GENERATED.search("\n".join(text[:4000].split("\n", _HEAD_LINES)[:_HEAD_LINES]))
-    if marker:
-        return "code: generated", f"says {marker[0]!r}"
-    mean = len(text) / (text.rstrip().count("\n") + 1)
-    if mean > _MAX_MEAN_LINE:
-        return "code: minified", f"{mean:.0f} characters a line"
-    return None
+        return BadRecord(uri, offset, "code: binary", f"{name}: a NUL character at {at}")
+    if not found.text.strip():
+        return None
+    return {
+        "id": key,
+        "text": found.text.replace("\r\n", "\n"),
+        "path": uri,
+        "language": language_of(name),
+        "offset": offset,
+        "metadata": {"file": name} | found.facts,
+    }

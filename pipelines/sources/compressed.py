@@ -1,11 +1,14 @@
 """Bytes out of plain, gzip and zstd files, in pieces, going on behind damage.
 
 A compressed file may consist of several members (gzip) or frames (zstd), as every ``.warc.gz`` does with one a record.
-When one cannot be decompressed, reading goes on at the next place that decompresses to something plausible.
+When one cannot be decompressed, reading goes on at the next place that decompresses to something plausible. A file of
+zstd frames may begin with the dictionary that they need, as ``.warc.zst`` does (IIPC, "Zstandard compression for WARC
+files", version 0.1).
 """
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
@@ -13,6 +16,9 @@ from typing import BinaryIO, NamedTuple
 import zstandard
 
 GZIP, ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+
+_DICTIONARY = b"\x5d\x2a\x4d\x18"  # a frame that decoders skip, here with a dictionary in it
+_DICTIONARY_BYTES = 16 << 20
 
 _PIECE = 1 << 18  # compressed bytes read at a time
 _STEP = 1 << 20  # decompressed bytes given on at a time: a small file may expand a thousandfold
@@ -50,25 +56,55 @@ class Damage(NamedTuple):
     detail: str
 
 
-def pieces(file: BinaryIO, plausible: Callable[[bytes], bool]) -> Iterator[Piece | Damage]:
+def is_compressed(start: bytes) -> bool:
+    """Whether a file that starts with these (at least four) bytes is gzip or zstd."""
+    return start.startswith((GZIP, ZSTD)) or _skippable(start)
+
+
+def pieces(file: BinaryIO, plausible: Callable[[bytes], bool], start: int = 0) -> Iterator[Piece | Damage]:
     """Decompressed content of a file in order, in pieces of bounded size; the format is told by the first bytes.
 
     Args:
         file: opened for reading in bytes, with random access.
         plausible: whether the first decompressed bytes of a member may be what they should be; asked only when looking
             for a place to go on behind damage.
+        start: offset to read from, for plain files only.
     """
-    start = file.read(4)
-    file.seek(0)
-    if start.startswith(GZIP):
-        yield from _Members(file, GZIP, _gzip, plausible).read()
-    elif start == ZSTD:
-        yield from _Members(file, ZSTD, _zstd, plausible).read()
+    head = file.read(4)
+    file.seek(start)
+    if head.startswith(GZIP):
+        yield from _Members(file, GZIP, _Gzip, plausible).read()
+    elif head == ZSTD or _skippable(head):
+        try:
+            dictionary = _dictionary(file)
+        except (ValueError, zstandard.ZstdError) as error:
+            yield Damage(0, f"the dictionary at its start is damaged: {error}")
+            dictionary = None
+        file.seek(0)
+        yield from _Members(file, ZSTD, functools.partial(_Zstd, dictionary), plausible).read()
     else:
         first = True
         while data := file.read(_STEP):
             yield Piece(data, 0, first, False)
             first = False
+
+
+def _skippable(start: bytes) -> bool:
+    return len(start) >= 4 and start[1:4] == _DICTIONARY[1:] and 0x50 <= start[0] <= 0x5F
+
+
+def _dictionary(file: BinaryIO) -> zstandard.ZstdCompressionDict | None:
+    """The dictionary at the start of a file, which may itself be compressed."""
+    head = file.read(8)
+    if not head.startswith(_DICTIONARY):
+        return None
+    size = int.from_bytes(head[4:8], "little")
+    if size > _DICTIONARY_BYTES:
+        raise ValueError(f"it claims {size} bytes")
+    data = file.read(size)
+    if data.startswith(ZSTD):
+        data = zstandard.ZstdDecompressor().stream_reader(data).read(_DICTIONARY_BYTES)
+    return zstandard.ZstdCompressionDict(data)
 
 
 class _Gzip:
@@ -109,8 +145,8 @@ class _Gzip:
 class _Zstd:
     """One zstd frame; checks its checksum, if it has one, at its end."""
 
-    def __init__(self) -> None:
-        self.stream = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+    def __init__(self, dictionary: zstandard.ZstdCompressionDict | None) -> None:
+        self.stream = zstandard.ZstdDecompressor(dictionary, max_window_size=1 << 27).decompressobj()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """What ``data`` decompresses to."""
@@ -133,7 +169,6 @@ class _Zstd:
         return self.stream.unused_data + self.rest
 
 
-_gzip, _zstd = _Gzip, _Zstd
 _ERRORS = (zlib.error, zstandard.ZstdError)
 
 
@@ -141,13 +176,16 @@ class _Members:
     """Walks through the members of one file. ``at`` is the offset in the file of the first byte of ``buffer``."""
 
     def __init__(
-        self, file: BinaryIO, magic: bytes, decoder: type[_Gzip | _Zstd], plausible: Callable[[bytes], bool]
+        self, file: BinaryIO, magic: bytes, decoder: Callable[[], _Gzip | _Zstd], plausible: Callable[[bytes], bool]
     ) -> None:
         self.file, self.magic, self.decoder, self.plausible = file, magic, decoder, plausible
         self.at, self.buffer = 0, b""
 
     def read(self) -> Iterator[Piece | Damage]:
-        while self._fill(len(self.magic)):
+        while self._fill(8):
+            if self.magic == ZSTD and _skippable(self.buffer[:4]):
+                self._go(self.at + 8 + int.from_bytes(self.buffer[4:8], "little"))
+                continue
             if not self.buffer.startswith(self.magic):
                 start = self.at
                 if self._only_zeros():

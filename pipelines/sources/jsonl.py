@@ -2,53 +2,78 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 
 from pipelines import storage
-from pipelines.documents import BadRecord, document_id
-from pipelines.sources import Record, Source, clean, scalars
-from pipelines.sources.compressed import Damage, pieces
+from pipelines.documents import BadRecord
+from pipelines.sources import Record, Source, columns
+from pipelines.sources.compressed import Damage, is_compressed, pieces
 
 
-def read(uri: str, source: Source) -> Iterator[Record | BadRecord]:
-    """The documents of a file; other fields than text, url and id become metadata.
+def read(uri: str, source: Source, start: int = 0, end: int | None = None) -> Iterator[Record | BadRecord]:
+    """The documents of a file; what the source's mapping does not name becomes metadata.
 
     Offsets are those of lines in the decompressed content, except for damaged compression, where the offset is that of
     the damaged member in the file; the detail says which.
+
+    Args:
+        uri: the file.
+        source: whose mapping is taken.
+        start: with ``end``, for plain files only: the lines that begin in this range of bytes are read.
+        end: where the range ends, None with the file.
     """
     with storage.open_input(uri) as file:
-        compressed = file.read(2) in (b"\x1f\x8b", b"\x28\xb5")
+        compressed = is_compressed(file.read(4))
         file.seek(0)
         where = " (offset in the decompressed content)" if compressed else ""
-        for item in _lines(file, uri, source.max_record_bytes, where):
+        for item in _lines(file, uri, source.max_record_bytes, where, start, end):
             yield item if isinstance(item, BadRecord) else _document(uri, *item, source, where)
 
 
-def _lines(file: storage.pa.NativeFile, uri: str, limit: int, where: str) -> Iterator[tuple[int, bytes] | BadRecord]:
-    """Lines that are not blank, with their offsets."""
-    start = position = 0  # of the line that is being read; of the end of what was read
+def ranges(file: storage.FileInfo, size: int) -> list[tuple[int, int]]:
+    """Ranges of some ``size`` bytes that a plain file can be read in; one with all of a compressed file."""
+    with storage.open_input(file.uri) as opened:
+        if is_compressed(opened.read(4)):
+            return [(0, file.size)]
+    count = max(1, round(file.size / size))
+    cuts = [file.size * i // count for i in range(count + 1)]
+    return list(itertools.pairwise(cuts))
+
+
+def _lines(
+    file: storage.pa.NativeFile, uri: str, limit: int, where: str, first: int, end: int | None
+) -> Iterator[tuple[int, bytes] | BadRecord]:
+    """Lines that are not blank and begin in a range, with their offsets."""
+    # A line belongs to the range that holds its first byte: whether that is one tells the byte before.
+    start = position = max(0, first - 1)  # of the line that is being read; of the end of what was read
     begun, size = [], 0  # that line as far as it was read, given up when it is too long
+    foreign = first > 0  # the line belongs to the range before
 
     def finish() -> Iterator[tuple[int, bytes] | BadRecord]:
+        if foreign:
+            return
         if size > limit:
             yield BadRecord(uri, start, "jsonl: line too long", f"more than {limit} bytes{where}")
         elif (line := b"".join(begun)).strip():
             yield start, line
 
-    for piece in pieces(file, _plausible):
+    for piece in pieces(file, _plausible, start):
         if isinstance(piece, Damage):
             detail = f"{piece.detail}; {size} bytes of a line before it are lost (offset in the file)"
             yield BadRecord(uri, piece.offset, "jsonl: damaged compression", detail)
             start, begun, size = position, [], 0
             continue
         at = 0
-        while (end := piece.data.find(b"\n", at)) >= 0:
-            begun.append(piece.data[at:end])
-            size += end - at
+        while (stop := piece.data.find(b"\n", at)) >= 0:
+            begun.append(piece.data[at:stop])
+            size += stop - at
             yield from finish()
-            at, begun, size = end + 1, [], 0
+            at, begun, size, foreign = stop + 1, [], 0, False
             start = position + at
+            if end is not None and start >= end:
+                return
         begun.append(piece.data[at:])
         size += len(piece.data) - at
         if size > limit:
@@ -64,18 +89,12 @@ def _document(uri: str, offset: int, line: bytes, source: Source, where: str) ->
         return BadRecord(uri, offset, "jsonl: bad UTF-8", f"{error}{where}")
     except (ValueError, RecursionError) as error:
         return BadRecord(uri, offset, "jsonl: invalid JSON", f"{error}{where}")
-    text = fields.get(source.text_field) if isinstance(fields, dict) else None
-    if not isinstance(text, str):
-        return BadRecord(uri, offset, "jsonl: no text", f"no string in the field {source.text_field}{where}")
-    url = fields.get("url")
-    return {
-        "id": document_id(source.label, source.relative(uri), offset),
-        "text": clean(text),
-        "url": clean(url) if isinstance(url, str) else None,
-        "path": uri,
-        "offset": offset,
-        "metadata": scalars(fields, (source.text_field, "url")),
-    }
+    if not isinstance(fields, dict):
+        return BadRecord(uri, offset, "jsonl: no text", f"no JSON object{where}")
+    found = columns.document(fields, source, uri, offset)
+    if isinstance(found, str):
+        return BadRecord(uri, offset, "jsonl: no text", found + where)
+    return found | {"offset": offset}
 
 
 def _plausible(start: bytes) -> bool:

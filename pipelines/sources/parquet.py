@@ -3,82 +3,141 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.documents import BadRecord, document_id
-from pipelines.sources import Record, Source, scalars
+from pipelines.documents import BadRecord
+from pipelines.sources import Record, Source, columns
 
 _ROWS = 256
 
 
-def read(uri: str, source: Source) -> Iterator[Record | BadRecord]:
-    """The documents of a file; a column ``url`` is the address, further columns of numbers and strings are metadata.
+def read(uri: str, source: Source, start: int = 0, end: int | None = None) -> Iterator[Record | BadRecord]:
+    """The documents of a file; columns of numbers and strings that the source's mapping does not name are metadata.
 
     A row group that cannot be read is a BadRecord with the offset of the group in the file.
+
+    Args:
+        uri: the file.
+        source: whose mapping is taken.
+        start: the first row group.
+        end: the row group to stop before, None for all.
     """
-    try:
-        file = storage.open_parquet(uri)
-    except ValueError as error:
-        yield BadRecord(uri, 0, "parquet: not readable", str(error))
-        return
-    except OSError as error:
-        if _from_storage(error):
-            raise
-        yield BadRecord(uri, 0, "parquet: not readable", str(error))
+    file = open_file(uri)
+    if isinstance(file, BadRecord):
+        yield file
         return
     schema = file.schema_arrow
-    if source.text_field not in schema.names or not _is_string(schema.field(source.text_field).type):
-        detail = f"no column of strings {source.text_field}; there are {', '.join(schema.names)}"
-        yield BadRecord(uri, 0, "parquet: no text", detail)
+    if (fault := missing_text(schema, source)) is not None:
+        yield BadRecord(uri, 0, "parquet: no text", fault)
         return
-    columns = [field.name for field in schema if field.name == source.text_field or _is_scalar(field.type)]
-    row = 0
-    for group in range(file.num_row_groups):
-        start, rows = row, file.metadata.row_group(group).num_rows
+    names = list(_columns(schema, source))
+    row = sum(file.metadata.row_group(group).num_rows for group in range(start))
+    for group in range(start, file.num_row_groups if end is None else end):
+        first, rows = row, file.metadata.row_group(group).num_rows
         try:
-            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=names):
                 yield from _documents(uri, row, batch, source)
                 row += len(batch)
         except (pa.ArrowException, OSError) as error:
-            if _from_storage(error):
+            if storage.failed(error):
                 raise
             offset = _offset(file, group)
-            yield BadRecord(uri, offset, "parquet: damaged row group", f"rows {row} to {start + rows - 1}: {error}")
-        row = start + rows
+            yield BadRecord(uri, offset, "parquet: damaged row group", f"rows {row} to {first + rows - 1}: {error}")
+        row = first + rows
+
+
+def open_file(uri: str) -> pq.ParquetFile | BadRecord:
+    """The file, or a BadRecord when it is damaged."""
+    try:
+        return storage.open_parquet(uri)
+    except (ValueError, OSError) as error:
+        if storage.failed(error):
+            raise
+        return BadRecord(uri, 0, "parquet: not readable", str(error))
+
+
+def missing_text(schema: pa.Schema, source: Source) -> str | None:
+    """What is wrong with the column that should hold the text, None when nothing is."""
+    name = columns.mapping(source)["text"]
+    kind = _type_of(schema, name)
+    if kind is not None and (_is_string(kind) or _is_binary(kind)):
+        return None
+    return f"no column of strings {name}; there are {', '.join(schema.names)}"
+
+
+def ranges(file: storage.FileInfo, size: int) -> list[tuple[int, int]]:
+    """Ranges of row groups that hold some ``size`` bytes of the file each; one with all of a damaged file."""
+    opened = open_file(file.uri)
+    if isinstance(opened, BadRecord):
+        return [(0, 0)]
+    out, first, total = [], 0, 0
+    for group in range(opened.num_row_groups):
+        row_group = opened.metadata.row_group(group)
+        stored = sum(row_group.column(i).total_compressed_size for i in range(row_group.num_columns))
+        if total and total + stored > size:
+            out.append((first, group))
+            first, total = group, 0
+        total += stored
+    return [*out, (first, opened.num_row_groups)]
 
 
 def _documents(uri: str, row: int, batch: pa.RecordBatch, source: Source) -> Iterator[Record | BadRecord]:
-    for i in range(row, row + len(batch)):
-        try:
-            fields = batch.slice(i - row, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            yield BadRecord(uri, -1, "parquet: bad UTF-8", f"row {i}: {error}")
+    for i, fields in enumerate(_rows(batch), row):
+        if isinstance(fields, UnicodeDecodeError):
+            yield BadRecord(uri, -1, "parquet: bad UTF-8", f"row {i}: {fields}")
             continue
-        text = fields.get(source.text_field)
-        if text is None:
-            yield BadRecord(uri, -1, "parquet: no text", f"row {i} has no {source.text_field}")
-            continue
-        if len(text.encode()) > source.max_record_bytes:
+        found = columns.document(fields, source, uri, i)
+        if isinstance(found, str):
+            yield BadRecord(uri, -1, "parquet: no text", f"row {i}: {found}")
+        elif len(found["text"].encode()) > source.max_record_bytes:
             yield BadRecord(uri, -1, "parquet: too long", f"row {i} has more than {source.max_record_bytes} bytes")
-            continue
-        url = fields.get("url")
-        yield {
-            "id": document_id(source.label, source.relative(uri), i),
-            "text": text,
-            "url": url if isinstance(url, str) else None,
-            "path": uri,
-            "offset": -1,
-            "metadata": {"row": i, **scalars(fields, (source.text_field, "url"))},
-        }
+        else:
+            found["metadata"] = {"row": i} | found["metadata"]
+            yield found | {"offset": -1}
 
 
-def _from_storage(error: Exception) -> bool:
-    """Whether the storage failed; pyarrow raises OSError for that and for damaged content alike."""
-    known = "AWS Error" in str(error) or "google::cloud" in str(error)
-    return known or (isinstance(error, OSError) and error.errno is not None)
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """Rows as dicts, or why one is none: Arrow does not check that strings are UTF-8."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        rows = [batch.slice(i, 1) for i in range(len(batch))]
+    for row in rows:
+        try:
+            fields = row if isinstance(row, dict) else row.to_pylist()[0]
+            yield {name: value.decode() if isinstance(value, bytes) else value for name, value in fields.items()}
+        except UnicodeDecodeError as error:
+            yield error
+
+
+def _columns(schema: pa.Schema, source: Source) -> Iterator[str]:
+    """What is worth reading: what the mapping names, and all scalars at most one level deep."""
+    wanted = set(columns.mapping(source).values())
+    for field in schema:
+        if field.name in wanted or _is_scalar(field.type):
+            yield field.name
+        elif pa.types.is_struct(field.type):
+            for inner in field.type:
+                name = f"{field.name}.{inner.name}"
+                if _is_scalar(inner.type) or any(w == name or w.startswith(f"{name}.") for w in wanted):
+                    yield name
+
+
+def _type_of(schema: pa.Schema, name: str) -> pa.DataType | None:
+    """Type of a column, or of a part of one by its dotted name."""
+    if name in schema.names:
+        return schema.field(name).type
+    head, *rest = name.split(".")
+    kind = schema.field(head).type if head in schema.names else None
+    for part in rest:
+        if kind is None or not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
+            return None
+        kind = kind.field(part).type
+    return kind
 
 
 def _offset(file: pq.ParquetFile, group: int) -> int:
@@ -87,7 +146,12 @@ def _offset(file: pq.ParquetFile, group: int) -> int:
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _is_scalar(kind: pa.DataType) -> bool:

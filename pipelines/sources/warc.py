@@ -1,22 +1,19 @@
 """Web archives (WARC/1.0 and 1.1): HTML pages of response records, and the extracted text of WET files.
 
-In a ``.warc.gz`` every record is its own gzip member. A damaged member costs that record alone; a broken header in an
-uncompressed archive costs the bytes up to the next one.
+In a ``.warc.gz`` or ``.warc.zst`` every record is its own member or frame. A damaged one costs that record alone; a
+broken header in an uncompressed archive costs the bytes up to the next one.
 """
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fastwarc.warc import ArchiveIterator, WarcRecordType
-
 from pipelines import storage
 from pipelines.documents import BadRecord, document_id
-from pipelines.sources import Record, Source
-from pipelines.sources.compressed import Damage, pieces
+from pipelines.sources import Record, Source, http_body
+from pipelines.sources.compressed import Damage, is_compressed, pieces
 
 _VERSION = b"WARC/"
 _NEXT_RECORD = re.compile(rb"(?<=\n)WARC/[0-9]")
@@ -27,11 +24,12 @@ _HTML = ("text/html", "application/xhtml+xml")
 
 
 class _Raw(NamedTuple):
-    """A record as it stands in the archive: its position within the member, header and block."""
+    """A record as it stands in the archive: its position within the member, its type, its header, its block."""
 
     position: int
     kind: bytes
-    data: bytes
+    header: bytes
+    block: bytes
 
 
 class _Broken(NamedTuple):
@@ -45,7 +43,7 @@ def read(uri: str, source: Source) -> Iterator[Record | BadRecord]:
 
     Responses that are no HTML or whose HTTP status is not 200 are BadRecords too, so that they are counted.
     """
-    wanted = b"response" if source.kind == "warc" else b"conversion"
+    wanted = b"response" if source.format == "warc" else b"conversion"
     for found in _records(uri, source.max_record_bytes):
         if isinstance(found, BadRecord):
             yield found
@@ -56,7 +54,7 @@ def read(uri: str, source: Source) -> Iterator[Record | BadRecord]:
         try:
             yield _page(uri, offset, raw, source) if wanted == b"response" else _text(uri, offset, raw, source)
         except Exception as error:  # whatever the parser says of a record, the next one is read
-            yield BadRecord(uri, offset, f"{source.kind}: broken record", repr(error))
+            yield BadRecord(uri, offset, f"{source.format}: broken record", repr(error))
 
 
 def _records(uri: str, limit: int) -> Iterator[tuple[int, _Raw] | BadRecord]:
@@ -70,13 +68,14 @@ def _records(uri: str, limit: int) -> Iterator[tuple[int, _Raw] | BadRecord]:
         return BadRecord(uri, offset, found.reason, found.detail + where)
 
     with storage.open_input(uri) as file:
-        compressed = not _plain(file)
+        compressed = is_compressed(file.read(4))
+        file.seek(0)
         splitter, held, member = _Splitter(limit), None, 0
         for piece in pieces(file, lambda start: start.startswith(_VERSION)):
             if isinstance(piece, Damage):
                 # What is held comes from the damaged member and so cannot be trusted.
                 splitter, held = _Splitter(limit), None
-                yield BadRecord(uri, piece.offset, "warc: damaged gzip member", piece.detail)
+                yield BadRecord(uri, piece.offset, "warc: damaged compression", piece.detail)
                 continue
             member = piece.member
             for found in splitter.feed(piece.data, final=piece.ends):
@@ -93,12 +92,6 @@ def _records(uri: str, limit: int) -> Iterator[tuple[int, _Raw] | BadRecord]:
             held = located(found, member, compressed)
         if held is not None:
             yield held
-
-
-def _plain(file: storage.pa.NativeFile) -> bool:
-    start = file.read(4)
-    file.seek(0)
-    return not start.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd"))
 
 
 class _Splitter:
@@ -164,7 +157,7 @@ class _Splitter:
         behind = bytes(self.buffer[end : end + 4]).lstrip(b"\r\n")
         if not _VERSION.startswith(behind):
             return self._broken("warc: broken header", f"Content-Length {length} does not end at a record's end", start)
-        raw = _Raw(self.position, kind, bytes(self.buffer[:end]))
+        raw = _Raw(self.position, kind, bytes(self.buffer[: start - 4]), bytes(self.buffer[start:end]))
         self._drop(end)
         return raw
 
@@ -190,39 +183,42 @@ class _Splitter:
 
 
 def _page(uri: str, offset: int, raw: _Raw, source: Source) -> Record | BadRecord:
-    archive = ArchiveIterator(io.BytesIO(raw.data), record_types=WarcRecordType.response, auto_decode="all")
-    record = next(iter(archive))
-    if not record.is_http or record.http_headers is None:
-        return BadRecord(uri, offset, "warc: not HTTP", record.headers.get("Content-Type") or "")
-    if record.http_headers.status_code != 200:
-        return BadRecord(uri, offset, "warc: HTTP status", str(record.http_headers.status_code))
-    content_type = record.http_headers.get("Content-Type") or record.headers.get("WARC-Identified-Payload-Type") or ""
+    header = http_body.headers(raw.header)
+    response = http_body.parse(raw.block)
+    if response is None:
+        return BadRecord(uri, offset, "warc: not HTTP", header.get("content-type", ""))
+    if response.status != 200:
+        return BadRecord(uri, offset, "warc: HTTP status", str(response.status))
+    content_type = response.headers.get("content-type") or header.get("warc-identified-payload-type") or ""
     if content_type.partition(";")[0].strip().lower() not in _HTML:
         return BadRecord(uri, offset, "warc: not HTML", content_type)
-    # A compressed body may be a thousand times as long as the record that holds it.
-    html = record.reader.read(source.max_record_bytes + 1)
+    try:
+        # A compressed body may be a thousand times as long as the record that holds it.
+        html = http_body.decoded(response, source.max_record_bytes)
+    except ValueError as error:
+        return BadRecord(uri, offset, "warc: damaged body", str(error))
     if len(html) > source.max_record_bytes:
         return BadRecord(uri, offset, "warc: record too long", f"more than {source.max_record_bytes} bytes of HTML")
-    document = _document(uri, offset, record.headers, source)
+    document = _document(uri, offset, header, source)
+    if "warc-truncated" in header:
+        document["metadata"]["truncated"] = header["warc-truncated"]
     return document | {"html": html, "content_type": content_type}
 
 
 def _text(uri: str, offset: int, raw: _Raw, source: Source) -> Record | BadRecord:
-    archive = ArchiveIterator(io.BytesIO(raw.data), record_types=WarcRecordType.conversion, parse_http=False)
-    record = next(iter(archive))
     try:
-        text = record.reader.read().decode()
+        text = raw.block.decode()
     except UnicodeDecodeError as error:
         return BadRecord(uri, offset, "wet: bad UTF-8", str(error))
-    return _document(uri, offset, record.headers, source) | {"text": text}
+    return _document(uri, offset, http_body.headers(raw.header), source) | {"text": text}
 
 
-def _document(uri: str, offset: int, headers, source: Source) -> Record:
-    record = headers.get("WARC-Record-ID") or str(offset)
+def _document(uri: str, offset: int, header: dict[str, str], source: Source) -> Record:
+    record = header.get("warc-record-id") or str(offset)
     return {
         "id": document_id(source.label, source.relative(uri), record),
-        "url": headers.get("WARC-Target-URI"),
+        "url": header.get("warc-target-uri"),
         "path": uri,
         "offset": offset,
-        "metadata": {"date": headers.get("WARC-Date"), "record": record},
+        "metadata": {"date": header.get("warc-date"), "record": record},
     }

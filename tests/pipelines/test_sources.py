@@ -3,16 +3,16 @@ import io
 import json
 import os
 import random
+import tracemalloc
 import zlib
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import brotli
 import pytest
 import zstandard
 from fastwarc.warc import ArchiveIterator
 
 from pipelines.documents import BadRecord
-from pipelines.sources import Source, code, discover, read
+from pipelines.sources import Source, discover, read
 
 
 def read_all(kind, path, **settings):
@@ -110,7 +110,7 @@ def test_a_flipped_bit_costs_no_other_record_than_its_own(tmp_path, seed):
     path.write_bytes(data)
     documents, bad = read_all("warc", path)
     assert numbers(documents) == [i for i in range(20) if i != victim]
-    assert (bad[0].path, bad[0].offset, bad[0].reason) == (str(path), offsets[victim], "warc: damaged gzip member")
+    assert (bad[0].path, bad[0].offset, bad[0].reason) == (str(path), offsets[victim], "warc: damaged compression")
     assert len(bad) == 1
 
 
@@ -120,7 +120,7 @@ def test_a_truncated_member_at_the_end_is_named_and_all_before_it_is_read(tmp_pa
     path.write_bytes(path.read_bytes()[:-20])
     documents, bad = read_all("warc", path)
     assert numbers(documents) == [0, 1, 2, 3]
-    assert [(b.offset, b.reason) for b in bad] == [(offsets[4], "warc: damaged gzip member")]
+    assert [(b.offset, b.reason) for b in bad] == [(offsets[4], "warc: damaged compression")]
 
 
 def test_a_member_cut_short_in_the_middle_costs_itself_alone(tmp_path):
@@ -193,6 +193,114 @@ def test_a_compressed_body_that_is_too_long_is_named_and_not_held(tmp_path):
     documents, bad = read_all("warc", tmp_path / "a.warc", max_record_bytes=1_000_000)
     assert numbers(documents) == [2]
     assert [b.reason for b in bad] == ["warc: record too long"]
+
+
+PAGE = b"<p>h\xc3\xa9llo</p>" * 50
+
+
+def raw_deflate(data):
+    stream = zlib.compressobj(wbits=-15)
+    return stream.compress(data) + stream.flush()
+
+
+def chunked(data, size=100):
+    parts = [data[i : i + size] for i in range(0, len(data), size)]
+    return b"".join(b"%x;ext=1\r\n%s\r\n" % (len(p), p) for p in parts) + b"0\r\nTrailer: x\r\n\r\n"
+
+
+BODIES = {
+    "gzip": ("Content-Encoding: gzip", gzip.compress(PAGE), PAGE),
+    "x-gzip in members": ("Content-Encoding: x-GZIP", gzip.compress(PAGE[:100]) + gzip.compress(PAGE[100:]), PAGE),
+    "deflate": ("Content-Encoding: deflate", zlib.compress(PAGE), PAGE),
+    "deflate without its frame": ("Content-Encoding: deflate", raw_deflate(PAGE), PAGE),
+    "brotli": ("Content-Encoding: br", brotli.compress(PAGE), PAGE),
+    "zstd": ("Content-Encoding: zstd", zstandard.compress(PAGE), PAGE),
+    "two codings": ("Content-Encoding: gzip, deflate", zlib.compress(gzip.compress(PAGE)), PAGE),
+    "chunks": ("Transfer-Encoding: chunked", chunked(PAGE), PAGE),
+    "compressed chunks": (
+        "Transfer-Encoding: chunked\r\nContent-Encoding: br",
+        chunked(brotli.compress(PAGE), 7),
+        PAGE,
+    ),
+    "gzip that is none": ("Content-Encoding: gzip", PAGE, PAGE),
+    "deflate that is none": ("Content-Encoding: deflate", PAGE, PAGE),
+    "brotli that is none": ("Content-Encoding: br", PAGE, PAGE),
+    "zstd that is none": ("Content-Encoding: zstd", PAGE, PAGE),
+    "chunks that are none": ("Transfer-Encoding: chunked", PAGE, PAGE),
+    "chunks that look like some": ("Transfer-Encoding: chunked", b"5\n" + PAGE, b"5\n" + PAGE),
+    "a coding of its own": ("Content-Encoding: UTF-8", PAGE, PAGE),
+    "a folded header": ("X-Long: a\r\n b: c\r\nContent-Encoding:\r\n gzip", gzip.compress(PAGE), PAGE),
+    "chunks cut short": ("Transfer-Encoding: chunked", chunked(PAGE)[:333], None),
+    "gzip cut short": ("Content-Encoding: gzip", gzip.compress(PAGE)[:-12], None),
+    "brotli cut short": ("Content-Encoding: br", brotli.compress(PAGE * 99)[:-9], None),
+}
+
+
+@pytest.mark.parametrize("how", BODIES)
+def test_bodies_are_decoded_as_they_are_whatever_their_headers_say(tmp_path, how):
+    header, body, page = BODIES[how]
+    (tmp_path / "a.warc").write_bytes(warc_record(1, content_type=f"text/html\r\n{header}", body=body) + warc_record(2))
+    documents, bad = read_all("warc", tmp_path / "a.warc")
+    assert not bad
+    assert numbers(documents) == [1, 2]
+    html = documents[0]["html"]
+    assert html == page if page is not None else PAGE.startswith(html) or (PAGE * 99).startswith(html)
+
+
+def test_a_damaged_body_costs_its_own_page_alone_and_a_page_that_was_cut_says_so(tmp_path):
+    packed = bytearray(gzip.compress(random.Random(0).randbytes(3000)))
+    packed[1500] ^= 1
+    bad_body = warc_record(1, content_type="text/html\r\nContent-Encoding: gzip", body=bytes(packed))
+    cut = warc_record(2).replace(b"WARC-Date", b"WARC-Truncated: length\r\nWARC-Date")
+    (tmp_path / "a.warc").write_bytes(bad_body + cut)
+    documents, bad = read_all("warc", tmp_path / "a.warc")
+    assert numbers(documents) == [2]
+    assert documents[0]["metadata"]["truncated"] == "length"
+    assert [(b.reason, b.offset) for b in bad] == [("warc: damaged body", 0)]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
+def test_bodies_that_expand_a_thousandfold_are_named_and_not_held(tmp_path, coding):
+    zeros = b"\0" * 60_000_000
+    body = {"gzip": gzip.compress, "deflate": zlib.compress, "zstd": zstandard.compress, "br": brotli_fast}[coding](
+        zeros
+    )
+    page = warc_record(1, content_type=f"text/html\r\nContent-Encoding: {coding}", body=body)
+    (tmp_path / "a.warc").write_bytes(page + warc_record(2))
+    tracemalloc.start()
+    documents, bad = read_all("warc", tmp_path / "a.warc", max_record_bytes=500_000)
+    assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    tracemalloc.stop()
+    assert numbers(documents) == [2]
+    assert [b.reason for b in bad] == ["warc: record too long"]
+
+
+def brotli_fast(data):
+    return brotli.compress(data, quality=1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_zstd_frames_are_read_with_the_dictionary_at_the_start_of_the_file(tmp_path, packed):
+    records = [warc_record(i, body=f"<p>{random.Random(i).randbytes(60).hex()}</p>".encode()) for i in range(200)]
+    dictionary = zstandard.train_dictionary(8000, records)
+    compressor = zstandard.ZstdCompressor(dict_data=dictionary, write_checksum=True)
+    stored = dictionary.as_bytes()
+    stored = zstandard.compress(stored) if packed else stored
+    frames = [compressor.compress(record) for record in records]
+    note = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # a frame that is to be skipped
+    start = b"\x5d\x2a\x4d\x18" + len(stored).to_bytes(4, "little") + stored
+    path = tmp_path / "a.warc.zst"
+    path.write_bytes(start + b"".join(frames[:100]) + note + b"".join(frames[100:]))
+    assert numbers(read_all("warc", path)[0]) == list(range(200))
+    broken = bytearray(frames[50])
+    broken[-10] ^= 16
+    at = len(start) + sum(map(len, frames[:50]))
+    path.write_bytes(start + b"".join([*frames[:50], bytes(broken), *frames[51:]]))
+    documents, bad = read_all("warc", path)
+    assert numbers(documents) == [i for i in range(200) if i != 50]
+    assert [(b.offset, b.reason) for b in bad] == [(at, "warc: damaged compression")]
+    path.write_bytes(start[:4] + b"\xff\xff\xff\x7f" + start[8:])
+    assert read_all("warc", path)[1][0].offset == 0
 
 
 def test_an_archive_of_zstd_frames_is_read(tmp_path):
@@ -298,112 +406,21 @@ def test_lone_surrogates_and_deep_nesting_do_not_stop_the_reader(tmp_path):
 def test_another_field_can_hold_the_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('\ufeff{"content": "a", "text": 5, "tags": ["x"], "long": "%s"}' % ("x" * 5000))
-    documents, _ = read_all("jsonl", path, text_field="content")
+    documents, _ = read_all("jsonl", path, columns={"text": "content"})
     assert documents[0]["text"] == "a"
     assert documents[0]["metadata"] == {"text": 5}
 
 
-# Parquet, books, code
-
-
-def test_parquet_rows_become_documents_across_row_groups(tmp_path):
-    path = tmp_path / "a.parquet"
-    table = pa.table({"body": ["a", None, "c", "d"], "url": ["u", "v", "w", "x"], "n": [1, 2, 3, 4], "l": [[1]] * 4})
-    pq.write_table(table, path, row_group_size=2)
-    documents, bad = read_all("parquet", path, text_field="body")
-    assert [(d["text"], d["url"], d["metadata"]) for d in documents] == [
-        ("a", "u", {"row": 0, "n": 1}),
-        ("c", "w", {"row": 2, "n": 3}),
-        ("d", "x", {"row": 3, "n": 4}),
-    ]
-    assert [(b.reason, b.detail) for b in bad] == [("parquet: no text", "row 1 has no body")]
-
-
-def test_damaged_parquet_is_named_and_sound_row_groups_are_read(tmp_path):
-    path = tmp_path / "a.parquet"
-    rng = random.Random(0)
-    pq.write_table(pa.table({"text": [rng.randbytes(500).hex() for _ in range(30)]}), path, row_group_size=10)
-    data = bytearray(path.read_bytes())
-    start = pq.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
-    data[start : start + 40] = b"\xff" * 40
-    path.write_bytes(data)
-    documents, bad = read_all("parquet", path)
-    assert [d["metadata"]["row"] for d in documents] == [*range(10), *range(20, 30)]
-    assert [(b.reason, b.offset) for b in bad] == [("parquet: damaged row group", start)]
-    path.write_bytes(b"PAR1 nothing")
-    assert [b.reason for b in read_all("parquet", path)[1]] == ["parquet: not readable"]
-    pq.write_table(pa.table({"n": [1]}), path)
-    assert [b.reason for b in read_all("parquet", path)[1]] == ["parquet: no text"]
-
-
-def test_a_parquet_row_that_is_no_utf8_or_too_long_and_a_damaged_footer_are_named(tmp_path):
-    path = tmp_path / "a.parquet"
-    offsets = pa.array([0, 3, 5, 15], pa.int32()).buffers()[1]
-    text = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"abc\xff\xfe" + b"x" * 10)])
-    pq.write_table(pa.table({"text": text}), path)
-    documents, bad = read_all("parquet", path, max_record_bytes=9)
-    assert [d["text"] for d in documents] == ["abc"]
-    assert [b.reason for b in bad] == ["parquet: bad UTF-8", "parquet: too long"]
-    data = path.read_bytes()
-    footer = int.from_bytes(data[-8:-4], "little")
-    path.write_bytes(data[: -8 - footer] + b"\xff" * footer + data[-8:])
-    assert [b.reason for b in read_all("parquet", path)[1]] == ["parquet: not readable"]
-
-
-def test_books_are_one_document_a_file(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "Moby Dick.txt").write_bytes(b"\xef\xbb\xbfCall me\r\nIshmael.")
-    (tmp_path / "b" / "zip.txt.gz").write_bytes(gzip.compress(b"packed"))
-    (tmp_path / "bad.txt").write_bytes(b"ok \xff")
-    (tmp_path / "empty.txt").write_bytes(b"")
-    (tmp_path / "long.txt").write_bytes(b"x" * 200)
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    documents, bad = read_all("books", tmp_path, max_record_bytes=100)
-    assert [(d["text"], d["metadata"]["title"]) for d in documents] == [
-        ("Call me\nIshmael.", "Moby Dick"),
-        ("packed", "zip"),
-    ]
-    assert [(b.reason, b.offset) for b in bad] == [("book: bad UTF-8", 3), ("empty file", 0), ("book: too long", 0)]
-
-
-def test_code_is_read_with_its_language_and_machine_made_files_are_named(tmp_path):
-    files = {
-        "src/a.py": "def f():\n    return 1\n",
-        "src/_private/b.rs": "fn main() {}\n",
-        "src/Makefile": "all:\n\ttrue\n",
-        "src/gen.go": "// Code generated by protoc-gen-go. DO NOT EDIT.\npackage x\n",
-        "src/min.js": "var a=1;" * 500,
-        "src/nul.c": "int a;\0\n",
-        "src/notes.unknown": "not code",
-        "src/.git/c.py": "x = 1\n",
-        "src/node_modules/d.js": "x\n",
-        "src/__pycache__/e.py": "x\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    (tmp_path / "src/latin.c").write_bytes(b"// caf\xe9\n")
-    documents, bad = read_all("code", tmp_path / "src")
-    assert {d["metadata"]["file"]: d["language"] for d in documents} == {
-        "a.py": "python",
-        "_private/b.rs": "rust",
-        "Makefile": "make",
-    }
-    assert read_all("code", f"{tmp_path}/src/**/*")[0] == documents
-    assert {b.path.rpartition("/")[2]: b.reason for b in bad} == {
-        "gen.go": "code: generated",
-        "min.js": "code: minified",
-        "nul.c": "code: binary",
-        "latin.c": "code: binary",
-    }
-
-
-def test_a_marker_deep_in_a_file_does_not_make_it_generated():
-    assert code.why_skipped("x = 1\n" * 20 + "# DO NOT EDIT\n") is None
-    assert code.why_skipped("# auto-generated\nx = 1\n")[0] == "code: generated"
-
-
 # units
+
+
+def test_a_file_whose_name_is_no_utf8_is_set_aside_and_the_others_are_read(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "wb") as file:
+        file.write(b'{"text": "a"}')
+    (tmp_path / "a.jsonl").write_text('{"text": "b"}')
+    documents, bad = read_all("jsonl", tmp_path)
+    assert [d["text"] for d in documents] == ["b"]
+    assert [(b.path, b.reason) for b in bad] == [(f"{tmp_path}/caf\ufffd.jsonl", "file name: not UTF-8")]
 
 
 def test_empty_files_of_every_kind_are_named(tmp_path):
