@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
 from pipelines.words import normal, normal_words
+from pipelines.words.codes import kernel
 
 _FILTER_BITS = 8  # a hash; of the table's size, so that most words are settled by one bit
 
@@ -71,7 +71,7 @@ def _of_length(words: normal.NormalWords, length: int, table: Table) -> Matches:
     return Matches(documents, words.starts[first], words.ends[first + length - 1], ngrams)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _insert(hashes, slots, bits):
     mask = np.uint64(len(slots) - 1)
     bit_mask = np.uint64(64 * len(bits) - 1)
@@ -84,7 +84,7 @@ def _insert(hashes, slots, bits):
         slots[at] = number
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _look_up(grams, offsets, word_offsets, length, hashes, slots, bits, out):
     """Write (document, its first word's number in the column, n-gram) as far as there is room; returns how many."""
     mask = np.uint64(len(slots) - 1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
+from pipelines.words.codes import kernel
 from pipelines.words.columns import buffers
 
 EMAIL = 0
@@ -65,7 +65,7 @@ def _classes() -> np.ndarray:
     return table
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _scan(data, offsets, classes, wanted, found):
     """Write candidates into ``found`` as far as it has room; returns how many there are."""
     count = 0
@@ -103,7 +103,7 @@ def _scan(data, offsets, classes, wanted, found):
     return count
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _email(data, i, begin, end, classes):
     start = i
     while start > begin and classes[data[start - 1]] & _LOCAL:
@@ -116,7 +116,7 @@ def _email(data, i, begin, end, classes):
     return (start, stop) if start < i and stop > i + 3 else (i, np.int64(-1))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _ipv6(data, i, begin, end, classes):
     """Start of the run of digits and colons around i, its end, and its end again if it can be an address."""
     start, stop, colons, pairs = i, i, 0, 0
@@ -137,7 +137,7 @@ def _ipv6(data, i, begin, end, classes):
     return start, past, stop
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _ends(data, at, end, classes):
     """Whether a number can end here: no letter, no digit, and neither behind a dot or a hyphen."""
     if at >= end:
@@ -147,7 +147,7 @@ def _ends(data, at, end, classes):
     return not (data[at] in (45, 46) and at + 1 < end and classes[data[at + 1]] & _DIGIT)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _ipv4(data, i, end, classes):
     at = i
     for octet in range(4):
@@ -168,7 +168,7 @@ def _ipv4(data, i, end, classes):
     return at if _ends(data, at, end, classes) else -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _digits(data, at, end, n, classes):
     """``at + n`` when n digits stand there, else -1."""
     if at < 0 or at + n > end:
@@ -179,7 +179,7 @@ def _digits(data, at, end, n, classes):
     return at + n
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _north_american(data, i, end, classes):
     """End of (ddd) ddd-dddd, ddd-ddd-dddd or ddd.ddd.dddd, the latter two also behind a 1; or -1."""
     at = i
@@ -209,7 +209,7 @@ def _north_american(data, i, end, classes):
     return at if at >= 0 and _ends(data, at, end, classes) else -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _international(data, i, end, classes):
     """End of a plus sign and groups of digits with at most two signs between them, or -1.
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
 from pipelines.words import characters
+from pipelines.words.codes import kernel
 from pipelines.words.columns import buffers
 
 _LETTER = characters.LETTER
@@ -82,7 +82,7 @@ def _classes() -> np.ndarray:
     return table
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _measure(data, offsets, flags, classes, html, out):
     for d in range(len(offsets) - 1):
         begin, end = offsets[d], offsets[d + 1]
@@ -136,7 +136,7 @@ def _measure(data, offsets, flags, classes, html, out):
         out[9, d] = nuls
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _code(data, i, end):
     """The code point of several bytes at i; U+FFFD when the text ends within it."""
     byte = np.int64(data[i])
@@ -149,7 +149,7 @@ def _code(data, i, end):
     return code if code < 0x110000 else 0xFFFD
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _escapes(data, i, end, classes):
     r"""End of a match of ``(?:\\u[0-9a-fA-F]{4}){8,}`` at i, or i."""
     at, groups = i, 0
@@ -161,7 +161,7 @@ def _escapes(data, i, end, classes):
     return at if groups >= _GROUPS_LEAST else i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _hexadecimal(data, i, begin, end, classes):
     r"""End of a match of ``(?:\b(?:0x|\\x)?[0-9a-fA-F]{2}(?:,|\b\s*)){8,}`` at i, or i."""
     at, groups = i, 0
@@ -187,7 +187,7 @@ def _hexadecimal(data, i, begin, end, classes):
     return at if groups >= _GROUPS_LEAST else i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _visible(data, begin, end, classes):
     """Characters of HTML that a reader sees, roughly: entities count as they are written."""
     count = 0
@@ -209,12 +209,12 @@ def _visible(data, begin, end, classes):
     return count
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _is_markup(byte):
     return 97 <= (byte | 32) <= 122 or byte == 47 or byte == 33 or byte == 63
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _tag_end(data, i, end):
     """One past the tag or comment at i; of a script or a style, one past its closing tag."""
     if i + 3 < end and data[i + 1] == 33 and data[i + 2] == 45 and data[i + 3] == 45:
@@ -238,7 +238,7 @@ def _tag_end(data, i, end):
     return end
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _element(data, i, end):
     """1 for the name script at i, 2 for style, 0 for any other."""
     for number, name in ((1, b"script"), (2, b"style")):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
+from pipelines.words.codes import kernel
 from pipelines.words.columns import buffers
 
 
@@ -72,7 +72,7 @@ class Phrases(NamedTuple):
         return pairs[:, 0], pairs[:, 1]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _find(data, offsets, moves, ends, shorter, found):
     """Write (text, phrase) for each hit into ``found`` as far as it has room; returns how many there are."""
     count = 0
