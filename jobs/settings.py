@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from models.config import PRESETS, ModelConfig, OptimizerConfig, ScheduleConfig
 from models.training.spikes import SpikeConfig
-from pipelines.curate import CurationSettings
+from pipelines.curation import CurationSettings
 from pipelines.tokenize import TokenizeSettings
 from pipelines.tokenizer import TokenizerSettings
 

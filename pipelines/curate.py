@@ -1,4 +1,4 @@
-"""The graph of stages from sources to the corpus: extract, filter, exact, near.
+"""The graph of stages from sources to the corpus: extract, filter, exact, lines, near, clean, mix.
 
 Each stage reads the parts of the one before and writes parts of its own; what is switched off is left out of the graph.
 ``corpus/manifest.json``, written last, says which stages made the corpus.
@@ -6,13 +6,11 @@ Each stage reads the parts of the one before and writes parts of its own; what i
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -20,19 +18,15 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipelines import sources, storage
-from pipelines.dedup import exact, minhash, published
+from pipelines.curation import CurationSettings, rules_for
+from pipelines.decontaminate import Decontaminator
+from pipelines.decontaminate import prepare as prepare_ngrams
+from pipelines.dedup import exact, lines, minhash, published
 from pipelines.documents import BadRecord, set_aside_bad_records, to_table
 from pipelines.extract import ExtractionError, Extractor, ExtractSettings
 from pipelines.filters import Verdict, quality
-from pipelines.filters.c4 import C4
 from pipelines.filters.chain import filter_part, set_aside
-from pipelines.filters.code import CodeRules
-from pipelines.filters.fineweb import FineWeb
-from pipelines.filters.gopher import GopherQuality, GopherRepetition
-from pipelines.filters.quality import QualityClassifier
-from pipelines.filters.url import UrlRules
-from pipelines.language import LanguageFilter
-from pipelines.sources import Source
+from pipelines.mix import mix
 from pipelines.stage import (
     MANIFEST,
     Output,
@@ -48,92 +42,14 @@ from pipelines.stage import (
 
 log = logging.getLogger("ingot")
 
-STAGES = ("extract", "filter", "exact", "near")
+STAGES = ("extract", "filter", "exact", "lines", "near", "clean", "mix")
 """All stages, in order; those that the settings switch off are left out."""
 
-RULES = ("url", "language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "code", "quality")
-"""The rule sets of the filter stage by the names of their settings."""
-
-_PROSE = ("language", "gopher_repetition", "gopher_quality", "quality")
-_WEB = ("url", "language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "quality")  # as FineWeb's
-_KIND_RULES = {"warc": _WEB, "wet": _WEB, "common-crawl": _WEB, "code": ("code",)}
-_KIND_SETTINGS: dict[str, dict[str, Any]] = {
-    "books": {"gopher_quality.max_words": sys.maxsize},  # a book is a whole work
-}
+_SEARCH = "_search"  # folder of what a stage looked for in all parts before it goes through them
 
 _BATCH_DOCUMENTS = 512
 _BATCH_BYTES = 16_000_000
 _EXPANSION = 4  # of compressed text and pages, until the first file shows
-
-
-@dataclass
-class CurationSettings:
-    """Where documents come from and which of them stay."""
-
-    sources: list[Source] = field(default_factory=list)
-    """What to read, such as `[{kind: warc, path: s3://bucket/crawl/*.warc.gz, name: web}]`. Each may have `rules` and
-    `settings` of its own for the filter stage."""
-    extract: ExtractSettings = field(default_factory=ExtractSettings)
-    """How HTML becomes text."""
-    rules: list[str] | None = None
-    """Rule sets of the filter stage, in the order in which they are asked. null takes those for each source's kind: for
-    pages url, language, gopher_repetition, gopher_quality, c4, fineweb, quality; for code, code; for everything else
-    language, gopher_repetition, gopher_quality, quality."""
-    url: UrlRules = field(default_factory=UrlRules)
-    """Lists of domains, addresses and words that pages must not come from (Penedo et al. 2023)."""
-    language: LanguageFilter = field(default_factory=LanguageFilter)
-    """Languages to keep."""
-    gopher_repetition: GopherRepetition = field(default_factory=GopherRepetition)
-    """Rules against repetition (Rae et al. 2021)."""
-    gopher_quality: GopherQuality = field(default_factory=GopherQuality)
-    """Rules of quality (Rae et al. 2021); books may have any number of words."""
-    c4: C4 = field(default_factory=lambda: C4(terminal_punctuation=False))
-    """Lines and pages that are no prose (Raffel et al. 2020); as in FineWeb, lines may end without punctuation."""
-    fineweb: FineWeb = field(default_factory=FineWeb)
-    """Rules on lines (Penedo et al. 2024)."""
-    code: CodeRules = field(default_factory=CodeRules)
-    """Rules for source code (Kocetkov et al. 2022; Lozhkov et al. 2024)."""
-    quality: QualityClassifier = field(default_factory=QualityClassifier)
-    """A linear model, trained from two sets of documents that you name; acts when they are given."""
-    exact: exact.ExactDedup = field(default_factory=exact.ExactDedup)
-    """Removal of exact duplicates."""
-    near: minhash.MinHashDedup = field(default_factory=minhash.MinHashDedup)
-    """Removal of near-duplicates."""
-    set_aside_share: float = 1.0
-    """Share of the dropped documents that is stored with its reason; all are counted."""
-
-    def validate(self) -> None:
-        """Raise ValueError for what cannot work."""
-        if not self.sources:
-            raise ValueError(
-                "sources is empty; name at least one, such as --sources '[{kind: warc, path: crawl/*.warc.gz}]'"
-            )
-        if not 0 <= self.set_aside_share <= 1:
-            raise ValueError(f"set_aside_share is {self.set_aside_share}; it has to lie between 0 and 1")
-        for source in self.sources:
-            for rule in rules_for(self, source).values():
-                rule.validate()
-
-
-def rules_for(settings: CurationSettings, source: Source) -> dict[str, Any]:
-    """The filter stage's rule sets for a source by name, in order: its own, else the settings', else its kind's.
-
-    Raises:
-        ValueError: a rule set or a setting of the source is not known.
-    """
-    wanted = source.rules if source.rules is not None else settings.rules
-    names = _KIND_RULES.get(source.kind, _PROSE) if wanted is None else wanted
-    where = f"rules of the source {source.label}" if source.rules is not None else "rules"
-    if unknown := [name for name in names if name not in RULES]:
-        raise ValueError(f"{where}: {', '.join(unknown)} not known; there are {', '.join(RULES)}")
-    rules = {name: getattr(settings, name) for name in names}
-    for key, value in {**_KIND_SETTINGS.get(source.kind, {}), **source.settings}.items():
-        name, _, threshold = key.partition(".")
-        if name not in RULES or threshold not in {f.name for f in dataclasses.fields(getattr(settings, name))}:
-            raise ValueError(f"settings of the source {source.label}: {key} is not a setting of a rule set")
-        if name in rules:
-            rules[name] = dataclasses.replace(rules[name], **{threshold: value})
-    return {name: rule for name, rule in rules.items() if rule.enabled}
 
 
 def final_corpus(corpus: str) -> tuple[str, dict[str, Any]]:
@@ -174,7 +90,10 @@ def curate(corpus: str, settings: CurationSettings) -> dict[str, dict[str, Any]]
     graph.extract()
     graph.filter()
     graph.dedup("exact", exact, settings.exact)
+    graph.lines()
     graph.dedup("near", minhash, settings.near)
+    graph.clean()
+    graph.mix()
     return graph.publish()
 
 
@@ -232,22 +151,60 @@ class _Graph:
             return
         sets = {f"against {entry}": made for entry, made in published.set_contents(settings.against, name).items()}
         stage = self._stage(name, asdict(settings), sets)
-        found = storage.join(stage.folder, "_duplicates")
+        found = storage.join(stage.folder, _SEARCH)
 
-        def prepare(parts: list[str]) -> None:
-            done = storage.join(found, "done.json")
-            if not storage.exists(done):
-                log.info("%s: looks for duplicates in %d parts", name, len(parts))
-                module.find_duplicates(parts, found, settings, publish=storage.join(stage.folder, published.FOLDER))
-                storage.write_json(done, {"parts": len(parts)})
+        def search(parts: list[str]) -> None:
+            publish = storage.join(stage.folder, published.FOLDER)
+            _once(found, lambda: module.find_duplicates(parts, found, settings, publish=publish))
 
         self._parts(
             stage,
             _drop,
             lambda part: {"duplicates": storage.join(found, part["file"]), "reason": f"{name} duplicate"},
-            prepare,
+            search,
         )
-        storage.delete(found)
+
+    def lines(self) -> None:
+        """Documents without the lines or paragraphs that too many share."""
+        settings = self.settings.lines
+        if not settings.enabled:
+            return
+        stage = self._stage("lines", asdict(settings))
+        found = storage.join(stage.folder, _SEARCH)
+        self._parts(
+            stage,
+            lines.work,
+            lambda part: {"cuts": storage.join(found, part["file"]), "settings": settings},
+            lambda parts: _once(found, lambda: lines.find(parts, found, settings)),
+        )
+
+    def clean(self) -> None:
+        """Documents without what overlaps the evaluation sets, and without personal data."""
+        settings, privacy = self.settings.decontaminate, self.settings.privacy
+        decontaminates = settings.enabled and bool(settings.sets)
+        if not (decontaminates or privacy.enabled):
+            return
+        asked = {"decontaminate": asdict(settings) if decontaminates else None, "privacy": asdict(privacy)}
+        stage = self._stage("clean", asked, {"sets": settings.fingerprint()} if decontaminates else None)
+        found = storage.join(stage.folder, _SEARCH)
+        chain: list[Any] = []
+
+        def prepare(parts: list[str]) -> None:
+            if decontaminates:
+                chain.append(Decontaminator(settings, prepare_ngrams(settings, found, parts)))
+            if privacy.enabled:
+                chain.append(privacy)
+
+        self._parts(stage, filter_part, lambda part: {"chain": chain}, prepare)
+
+    def mix(self) -> None:
+        """Documents of all sources as often as their weights say, shuffled."""
+        weights = {source.label: source.weight for source in self.settings.sources if source.weight != 1}
+        if not (self.settings.mix.enabled or weights):
+            return
+        before, manifest = list(self.manifests.items())[-1]
+        folder = storage.join(self.corpus, "mix")
+        self.manifests["mix"] = mix(folder, storage.join(self.corpus, before), manifest, self.settings.mix, weights)
 
     def publish(self) -> dict[str, dict[str, Any]]:
         """Say which stages made the corpus."""
@@ -277,6 +234,7 @@ class _Graph:
             uris = part_uris(storage.join(self.corpus, before["stage"]), before)
             if prepare is not None:
                 stage.begin()
+                log.info("%s: searches %d parts", stage.name, len(uris))
                 prepare(uris)
                 log.info("%s: searched in %.1f s", stage.name, time.monotonic() - began)
             return [
@@ -290,12 +248,21 @@ class _Graph:
             ]
 
         self.manifests[stage.name] = self._finish(stage, units, work)
+        storage.delete(storage.join(stage.folder, _SEARCH))
 
     def _finish(self, stage: Stage, units: Callable[[], list[Unit]], work: Callable[..., Any]) -> dict[str, Any]:
         if manifest := stage.finished():
             log.info("%s: up to date, nothing to do", stage.name)
             return manifest
         return run_stage(stage, units(), work, set_aside_share=self.settings.set_aside_share)
+
+
+def _once(folder: str, search: Callable[[], Any]) -> None:
+    """A search that is not made again after a kill of the job that comes after it."""
+    done = storage.join(folder, "done.json")
+    if not storage.exists(done):
+        search()
+        storage.write_json(done, True)
 
 
 # extract: sources to documents

@@ -153,7 +153,8 @@ def our_pages(html: list[str]) -> None:
 def whole(peer: Peer, args: argparse.Namespace) -> None:
     """From JSON Lines files to deduplicated documents, two processes of datatrove against Ray on two cores."""
     from jobs.session import ray_session
-    from pipelines.curate import CurationSettings, curate
+    from pipelines.curate import curate
+    from pipelines.curation import CurationSettings
     from pipelines.sources import Source
 
     with tempfile.TemporaryDirectory() as folder:

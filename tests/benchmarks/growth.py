@@ -78,7 +78,8 @@ def change(text: str, rng: random.Random) -> str:
 def child(folder: str) -> None:
     """Curate a folder after a warm-up; prints what was measured as JSON."""
     from jobs.session import ray_session
-    from pipelines.curate import CurationSettings, curate
+    from pipelines.curate import curate
+    from pipelines.curation import CurationSettings
     from pipelines.sources import Source
 
     def settings(path: str) -> CurationSettings:

@@ -5,7 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import storage
-from pipelines.curate import CurationSettings, curate, final_corpus, rules_for, stage_manifests
+from pipelines.curate import curate, final_corpus, stage_manifests
+from pipelines.curation import CurationSettings, rules_for
+from pipelines.decontaminate import EvaluationSet
 from pipelines.filters.gopher import GopherQuality
 from pipelines.sources import Source
 from pipelines.stage import part_uris
@@ -72,6 +74,8 @@ def settings(*sources: Source, **changes) -> CurationSettings:
 def test_each_source_has_its_own_rules_order_and_thresholds(tmp_path):
     base = CurationSettings()
     assert list(rules_for(base, Source(kind="jsonl", path="x"))) == ["language", "gopher_repetition", "gopher_quality"]
+    assert "c4" in rules_for(base, Source(kind="warc", path="x"))
+    assert list(rules_for(base, Source(kind="code", path="x"))) == ["code"]
     own = Source(
         kind="jsonl",
         path="x",
@@ -139,3 +143,31 @@ def test_a_corpus_that_was_started_anew_is_not_taken_for_finished(tmp_path):
     assert list(curate(corpus, without)) == ["extract", "filter", "exact"]
     assert final_corpus(corpus)[0].endswith("/exact")
     assert list(stage_manifests(corpus)) == ["extract", "filter", "exact"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_lines_decontamination_privacy_and_weights_after_deduplication(tmp_path):
+    footer = "All rights of this page are held by those who wrote it, and it may be read by everyone."
+    question = "A farmer has seventeen sheep and nine cows, sells four of each and buys two more: how many remain?"
+    texts = [f"{prose(seed)}\n{footer}" for seed in range(8)]
+    texts[3] += "\nWrite to jane.doe@corp.example.org or call +49 30 1234567 for more."
+    texts[5] += f"\n{question}"
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": question}) + "\n")
+    corpus = str(tmp_path / "corpus")
+    made = settings(Source(kind="jsonl", path=path, name="a", weight=2.0, rules=["language"]))
+    made.lines.enabled = True
+    made.decontaminate.sets = [EvaluationSet(path=str(tmp_path / "quiz.jsonl"))]
+    made.decontaminate.action = "drop"
+    made.privacy.enabled = True
+    manifests = curate(corpus, made)
+    assert list(manifests) == ["extract", "filter", "exact", "lines", "near", "clean", "mix"]
+    assert list(manifests["clean"]["set_aside"]) == ["decontaminate: overlap"]
+    folder, manifest = final_corpus(corpus)
+    rows = [row for uri in part_uris(folder, manifest) for row in pq.read_table(uri).to_pylist()]
+    assert len(rows) == len({row["id"] for row in rows}) == 14
+    assert sum(footer in row["text"] for row in rows) == 2  # the first document that has it, twice
+    assert not any(question in row["text"] for row in rows)
+    assert not any("jane.doe" in row["text"] or "1234567" in row["text"] for row in rows)
+    assert sum("email@example.com" in row["text"] for row in rows) == 2
+    assert not [file.uri for file in storage.list_files(corpus) if "_search" in file.uri]
