@@ -93,7 +93,8 @@ def _classify(data: np.ndarray, offsets: np.ndarray, characters: int) -> tuple[n
             starts[i], ends[i] = at, at + len(new)
             at += len(new)
     extra = np.frombuffer(b"".join(rewritten), np.uint8)
-    scores = _score(data, extra, starts, ends, m.next_state, m.row, m.feature, m.table, m.prior)
+    logs = np.log1p(np.arange((ends - starts).max(initial=0) + 1, dtype=np.float32))
+    scores = _score(data, extra, starts, ends, logs, m.next_state, m.row, m.feature, m.table, m.prior)
     scores /= np.sqrt(np.maximum(ends - starts, 1)).astype(np.float32)[:, None]
     np.exp(scores - scores.max(axis=1, initial=-np.inf, keepdims=True), out=scores)
     scores /= scores.sum(axis=1, keepdims=True)
@@ -137,19 +138,18 @@ def _starts(data, offsets, characters):
 
 
 @njit(cache=True, nogil=True)
-def _score(data, extra, starts, ends, next_state, row, feature, table, prior):
+def _score(data, extra, starts, ends, logs, next_state, row, feature, table, prior):
     """Log-likelihood of every class for every text, (documents, classes); places behind ``data`` lie in ``extra``."""
     n, classes = len(starts), len(prior)
-    scores = np.empty((n, classes), np.float32)
+    scores = np.zeros((n, classes), np.float32)
     counts = np.zeros(len(table), np.int32)
-    seen = np.empty(len(table), np.int32)
+    seen = np.empty(len(table) + 3, np.int32)
     for i in range(n):
-        size = ends[i] - starts[i]
-        text = data[starts[i] : ends[i]]
+        text, shift = data, 0
         if starts[i] >= len(data):
-            text = extra[starts[i] - len(data) : ends[i] - len(data)]
+            text, shift = extra, len(data)
         state, distinct = np.uint32(0), 0
-        for at in range(size):
+        for at in range(starts[i] - shift, ends[i] - shift):
             state = next_state[row[state] + text[at]]
             f = feature[state]
             if f >= 0:
@@ -157,16 +157,20 @@ def _score(data, extra, starts, ends, next_state, row, feature, table, prior):
                     seen[distinct] = f
                     distinct += 1
                 counts[f] += 1
-        line = scores[i]
-        line[:] = 0
-        for k in range(distinct):
-            f = seen[k]
-            weight = np.float32(np.log1p(np.float32(counts[f])))
-            counts[f] = 0
-            likelihoods = table[f]
+        if distinct == 0:
+            continue
+        # Four rows of the table at a time. The last rows are filled up with one whose count is 0 by then.
+        for k in range(distinct, distinct + 3):
+            seen[k] = seen[0]
+        for k in range(0, distinct, 4):
+            f0, f1, f2, f3 = seen[k], seen[k + 1], seen[k + 2], seen[k + 3]
+            w0, counts[f0] = logs[counts[f0]], 0
+            w1, counts[f1] = logs[counts[f1]], 0
+            w2, counts[f2] = logs[counts[f2]], 0
+            w3, counts[f3] = logs[counts[f3]], 0
             for c in range(classes):
-                line[c] += weight * likelihoods[c]
-        if distinct > 0:
-            for c in range(classes):
-                line[c] += prior[c]
+                total = scores[i, c] + w0 * table[f0, c] + w1 * table[f1, c]
+                scores[i, c] = total + w2 * table[f2, c] + w3 * table[f3, c]
+        for c in range(classes):
+            scores[i, c] += prior[c]
     return scores
