@@ -7,33 +7,6 @@
 from __future__ import annotations
 
 from pipelines.words.normal import NormalWords, normal_words, shingles
-from pipelines.words.single import (
-    LETTER,
-    SOLID,
-    Repeats,
-    Spans,
-    Words,
-    analyse,
-    extend_ngrams,
-    ngram_hashes,
-    repeats,
-    word_hash,
-)
 from pipelines.words.texts import Texts
 
-__all__ = [
-    "LETTER",
-    "SOLID",
-    "NormalWords",
-    "Repeats",
-    "Spans",
-    "Texts",
-    "Words",
-    "analyse",
-    "extend_ngrams",
-    "ngram_hashes",
-    "normal_words",
-    "repeats",
-    "shingles",
-    "word_hash",
-]
+__all__ = ["NormalWords", "Texts", "normal_words", "shingles"]
