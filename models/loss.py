@@ -17,6 +17,14 @@ IGNORE = -100
 Reduction = Literal["mean", "sum", "none"]
 
 
+def inputs_and_targets(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model reads and what it is to predict, (B, T) each, of samples (B, T + 1) in which IGNORE is padding.
+
+    Padding stands at the end of a sample, so whatever id it has as input is seen by no target.
+    """
+    return samples[:, :-1].clamp(min=0), samples[:, 1:]
+
+
 def cross_entropy(
     hidden: Tensor, head: Tensor, targets: Tensor, *, chunk: int | None = None, reduction: Reduction = "mean"
 ) -> Tensor:

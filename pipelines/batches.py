@@ -4,6 +4,8 @@ A split of ``n`` tokens holds ``(n - 1) // sequence_length`` samples of ``sequen
 the next by the token that is the last target. An epoch goes through all of them once, in an order that a keyed
 permutation gives; batch ``data_step`` takes the next ``global_batch`` samples. So a batch is a pure function of the
 manifest, the seed, the global batch and the data step: nothing has to be remembered, nothing depends on the workers.
+
+A split in which whole documents were packed consists of such samples already; they do not overlap.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 
 from pipelines.shards import TokenShards
 
+PADDING = -100  # stands in samples where documents were packed whole and left room; no target, and no input either
 _ROUNDS = 6
 
 
@@ -66,13 +69,22 @@ class Batches:
         seed: of the order.
 
     Raises:
-        ValueError: the split is shorter than one sample.
+        ValueError: the split is shorter than one sample, or was packed for another sequence length.
     """
 
     def __init__(self, shards: TokenShards, sequence_length: int, global_batch: int, seed: int) -> None:
         self.shards, self.sequence_length = shards, sequence_length
         self.global_batch, self.seed = global_batch, seed
-        self.n_samples = (shards.n_tokens - 1) // sequence_length
+        packed = shards.sequence_length
+        if packed not in (None, sequence_length):
+            raise ValueError(
+                f"{shards.folder}: whole documents were packed into sequences of {packed} tokens, so no other length "
+                f"can be read from it, and {sequence_length} was asked for; tokenize with that sequence_length, or "
+                "with packing concatenate, which suits any"
+            )
+        self._width = sequence_length + 1
+        self._stride = sequence_length if packed is None else self._width
+        self.n_samples = max(shards.n_tokens - self._width + self._stride, 0) // self._stride
         if self.n_samples < 1:
             raise ValueError(
                 f"{shards.folder}: holds {shards.n_tokens} tokens, fewer than one sequence of {sequence_length} "
@@ -91,7 +103,10 @@ class Batches:
         return out
 
     def rank(self, data_step: int, rank: int, world_size: int) -> np.ndarray:
-        """One worker's share of a batch, (global_batch / world_size, sequence_length + 1) int64."""
+        """One worker's share of a batch, (global_batch / world_size, sequence_length + 1) int64.
+
+        ``PADDING`` stands for padding.
+        """
         share = self.global_batch // world_size
         mine = self.sample_indices(data_step)[rank * share : (rank + 1) * share]
         return np.stack([self._sample(int(i)) for i in mine])
@@ -101,7 +116,7 @@ class Batches:
         found: dict[str, dict[str, Any]] = {}
         for step in data_steps:
             for index in self.sample_indices(step):
-                for row in self.shards.documents(int(index) * self.sequence_length, self.sequence_length + 1):
+                for row in self.shards.documents(int(index) * self._stride, self._width):
                     found.setdefault(row["id"], {name: row[name] for name in ("id", "source", "url")})
                     if len(found) >= most:
                         return list(found.values())
@@ -125,7 +140,10 @@ class Batches:
             yield np.stack(samples), (index < n).astype(np.float32)
 
     def _sample(self, index: int) -> np.ndarray:
-        return self.shards.read(index * self.sequence_length, self.sequence_length + 1).astype(np.int64)
+        sample = self.shards.read(index * self._stride, self._width).astype(np.int64)
+        if self.shards.sequence_length is not None:
+            sample[sample == self.shards.pad_id] = PADDING
+        return sample
 
 
 def prefetch(items: Iterable, depth: int = 4) -> Iterator:

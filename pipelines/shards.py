@@ -1,9 +1,12 @@
 """The token shard format: a split's tokens as one long sequence, cut into Parquet shards of fixed blocks.
 
 Row ``r`` of shard ``k`` holds the tokens from ``k * shard_tokens + r * block`` on, so a token's offset gives its file
-and row by arithmetic. Documents follow one another, each ended by ``<|endoftext|>``; only the last block of the last
-shard is filled up with padding, which the manifest's token count leaves out. ``documents/`` says which document lies
-where.
+and row by arithmetic. Documents follow one another, each ended by ``<|endoftext|>``; the last block of the last shard
+is filled up with padding, which the manifest's token count leaves out. ``documents/`` says which document lies where.
+
+Where the manifest names a ``sequence_length`` L, whole documents were packed: the tokens are sequences of L + 1, inputs
+and the last target. No document lies in two of them unless it is longer than one, and what a sequence has no document
+for is padding, which is counted. A document that was cut has an entry in ``documents/`` for each piece.
 """
 
 from __future__ import annotations
@@ -65,9 +68,14 @@ def write_shard(uri: str, tokens: np.ndarray, block: int, pad_id: int) -> None:
 class TokenShards:
     """A finished split, read at any offset.
 
+    Attributes:
+        n_tokens: tokens of the split.
+        sequence_length: that whole documents were packed for, or None.
+        pad_id: id of the padding that such packing leaves.
+
     Raises:
         FileNotFoundError: the split is not finished.
-        ValueError: a shard is missing or has another size than the manifest says.
+        ValueError: a shard is missing or, once it is read, has another size than the manifest says.
     """
 
     def __init__(self, folder: str, cached_groups: int = 64) -> None:
@@ -76,11 +84,26 @@ class TokenShards:
         self.n_tokens: int = self.manifest["tokens"]
         self.block: int = self.manifest["block"]
         self.shard_tokens: int = self.manifest["shard_tokens"]
+        self.sequence_length: int | None = self.manifest.get("sequence_length")
+        self.pad_id: int | None = self.manifest.get("pad_id")
         self.dtype = np.dtype(self.manifest["dtype"])
+        self._check_all_there()
         self._files: dict[int, Any] = {}
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._cached_groups = cached_groups
         self._side: tuple[int, Any, Any] = (-1, None, None)
+
+    def _check_all_there(self) -> None:
+        files = [file.uri.split("/") for file in storage.list_files(self.folder)]
+        there = {parts[-1] for parts in files if parts[-2] != "documents"}
+        expected = [shard_name(i) for i in range(-(-self.n_tokens // self.shard_tokens))]
+        missing = [name for name in expected if name not in there]
+        if missing:
+            named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise InputError(
+                f"{self.folder}: {len(missing)} of the {len(expected)} shards that the manifest lists are not there: "
+                f"{named}; delete the folder and run `ingot tokenize` again"
+            )
 
     def read(self, start: int, length: int) -> np.ndarray:
         """The tokens ``[start, start + length)`` of the split, (length,) in the shards' dtype.
@@ -116,10 +139,6 @@ class TokenShards:
     def _file(self, shard: int) -> Any:
         if shard not in self._files:
             uri = storage.join(self.folder, shard_name(shard))
-            if not storage.exists(uri):
-                raise InputError(
-                    f"{uri}: the manifest lists this shard, but it is not there; run `ingot tokenize` again"
-                )
             file = storage.open_parquet(uri)
             tokens = min(self.shard_tokens, self.n_tokens - shard * self.shard_tokens)
             if file.metadata.num_rows != -(-tokens // self.block):

@@ -7,26 +7,30 @@ tokens it has; then, since every document's place is known, every shard is fille
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from pipelines import storage
 from pipelines.documents import InputError
-from pipelines.shards import DOCUMENTS_SCHEMA, shard_name, token_dtype, write_shard
 from pipelines.progress import Progress
+from pipelines.shards import DOCUMENTS_SCHEMA, shard_name, token_dtype, write_shard
 from pipelines.stage import Output, Stage, Unit, for_each, part_uris, read_part, run_stage
 from pipelines.tokenizer import Tokenizer
 
 log = logging.getLogger("ingot")
 
 SPLITS = ("train", "validation")
+_CACHED_BYTES = 1 << 18  # of text encoded at a time: its strings and ids are still in the core's cache when read again
+PACKED_TOGETHER = 1 << 24  # tokens that whole documents are packed from at a time: all of them are in memory
 
 
 @dataclass
@@ -39,6 +43,10 @@ class TokenizeSettings:
     """Tokens in a row of a shard; training can use any sequence length."""
     shard_tokens: int = 67_108_864
     """Tokens in a shard, a multiple of 32 blocks."""
+    packing: Literal["concatenate", "whole_documents"] = "concatenate"
+    """One document after another, for any sequence length; or packed so that no sequence cuts one that fits into it."""
+    sequence_length: int | None = None
+    """For whole_documents: the sequence length that training will use; null otherwise."""
 
     def validate(self) -> None:
         """Raise ValueError for what cannot work."""
@@ -48,6 +56,18 @@ class TokenizeSettings:
             raise ValueError(
                 f"tokenize.shard_tokens is {self.shard_tokens}; "
                 f"it has to be a multiple of 32 * block = {32 * self.block}"
+            )
+        if self.packing not in ("concatenate", "whole_documents"):
+            raise ValueError(f"tokenize.packing is {self.packing!r}; it has to be concatenate or whole_documents")
+        if self.packing == "concatenate" and self.sequence_length is not None:
+            raise ValueError(
+                f"tokenize.sequence_length is {self.sequence_length}, but with packing concatenate training can use "
+                "any; leave it null, or choose packing whole_documents"
+            )
+        if self.packing == "whole_documents" and (self.sequence_length is None or self.sequence_length < 1):
+            raise ValueError(
+                f"tokenize.sequence_length is {self.sequence_length}; packing whole_documents needs the length of the "
+                "sequences that training will use"
             )
 
 
@@ -80,7 +100,8 @@ def tokenize(
         storage.delete(encoded_folder)  # a run that was killed at its very end left it
         return finished
 
-    encode = Stage("encode", encoded_folder, {"validation_share": settings.validation_share}, inputs)
+    packed = {name: getattr(settings, name) for name in ("validation_share", "sequence_length")}
+    encode = Stage("encode", encoded_folder, packed, inputs, version=2)
     encoded = encode.finished() or run_stage(
         encode,
         [
@@ -114,6 +135,7 @@ def _encoded_schema(vocab_size: int) -> pa.Schema:
             ("source", pa.string()),
             ("url", pa.string()),
             ("validation", pa.bool_()),
+            ("length", pa.int64()),  # tokens without the padding behind them
             ("tokens", pa.large_list(pa.from_numpy_dtype(token_dtype(vocab_size)))),
         ]
     )
@@ -122,7 +144,7 @@ def _encoded_schema(vocab_size: int) -> pa.Schema:
 @functools.cache
 def _tokenizer(folder: str, made: str) -> Tokenizer:
     """The tokenizer, loaded once a process; ``made``, its manifest's fingerprint, tells it from an earlier one."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every task has one core; Ray runs as many tasks as there are
+    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # every task has one core; Ray runs as many tasks as there are
     return Tokenizer.load(folder)
 
 
@@ -131,31 +153,87 @@ def is_validation(document: str, share: float) -> bool:
     return xxhash.xxh32_intdigest(f"split\0{document}".encode()) < share * 2**32
 
 
-def _encode(part: str, tokenizer: str, made: str, validation_share: float) -> Iterator[Output]:
-    """Work of the encode stage: a corpus part to its documents' tokens, each ended by ``<|endoftext|>``."""
+def _encode(
+    part: str, tokenizer: str, made: str, validation_share: float, sequence_length: int | None
+) -> Iterator[Output]:
+    """Work of the encode stage: a corpus part to its documents' tokens, each ended by ``<|endoftext|>``.
+
+    With a sequence length, they come packed into sequences; documents are gathered for that, as many as fill a window.
+    """
     encoder = _tokenizer(tokenizer, made)
+    window: list[pa.Table] = []
+    n_window = 0
+    for number, table in enumerate(read_part(part, columns=["id", "text", "source", "url"])):
+        if number == 0:
+            encoder.check_batch([text[:2000] for text in table["text"].slice(0, 16).to_pylist()])
+        encoded, sizes = encode_table(table, encoder, validation_share)
+        counts = _counts(encoded, sizes)
+        if sequence_length is None:
+            yield Output(encoded, None, table.num_rows, int(sizes.sum()), counts)
+            continue
+        yield Output(encoded.slice(0, 0), None, table.num_rows, int(sizes.sum()), counts)
+        window.append(encoded)
+        n_window += sum(counts[f"{split}_tokens"] for split in SPLITS)
+        if n_window >= PACKED_TOGETHER:
+            yield from _packed(window, sequence_length + 1, encoder.pad_id)
+            window, n_window = [], 0
+    if window:
+        yield from _packed(window, sequence_length + 1, encoder.pad_id)
+
+
+def encode_table(table: pa.Table, encoder: Tokenizer, validation_share: float) -> tuple[pa.Table, np.ndarray]:
+    """The tokens of a table of documents, as rows of the encode stage's schema, and the bytes of each text."""
+    from pipelines.packing import put_ends
+
     schema = _encoded_schema(encoder.vocab_size)
-    for table in read_part(part, rows=256, columns=["id", "text", "source", "url"]):
-        texts = table["text"].to_pylist()
-        ids = [[*tokens, encoder.eot_id] for tokens in encoder.encode_batch(texts)]
-        validation = [is_validation(document, validation_share) for document in table["id"].to_pylist()]
-        sizes = [len(text.encode()) for text in texts]
-        counts: dict[str, int] = {}
-        for tokens, size, held_out in zip(ids, sizes, validation, strict=True):
-            split = SPLITS[held_out]
-            for name, count in ("documents", 1), ("tokens", len(tokens)), ("bytes", size):
-                counts[f"{split}_{name}"] = counts.get(f"{split}_{name}", 0) + count
-        kept = pa.table(
-            [
-                table["id"],
-                table["source"],
-                table["url"],
-                pa.array(validation),
-                pa.array(ids, schema.field("tokens").type),
-            ],
-            schema=schema,
-        )
-        yield Output(kept, None, table.num_rows, sum(sizes), counts)
+    sizes = pc.binary_length(table["text"]).to_numpy()
+    tokens = np.empty(
+        int(sizes.sum()) + len(sizes), token_dtype(encoder.vocab_size)
+    )  # pages not written take no memory
+    starts = np.zeros(len(sizes) + 1, np.int64)
+    cuts = np.unique(np.searchsorted(np.cumsum(sizes), np.arange(0, max(sizes.sum(), 1), _CACHED_BYTES)))
+    for low, high in itertools.pairwise([*cuts.tolist(), len(sizes)]):
+        ids, ends = encoder.encode_batch(table["text"].slice(low, high - low).to_pylist())
+        starts[low + 1 : high + 1] = starts[low] + ends[1:] + np.arange(1, high - low + 1)
+        put_ends(ids, ends, encoder.eot_id, tokens[starts[low] : starts[high]])
+    validation = [is_validation(document, validation_share) for document in table["id"].to_pylist()]
+    column = pa.LargeListArray.from_arrays(pa.array(starts), pa.array(tokens[: starts[-1]]))
+    kept = [table["id"], table["source"], table["url"], pa.array(validation, pa.bool_()), pa.array(np.diff(starts))]
+    return pa.table([*kept, column], schema=schema), sizes
+
+
+def _counts(encoded: pa.Table, sizes: np.ndarray) -> dict[str, int]:
+    held_out = encoded["validation"].to_numpy()
+    counts = {}
+    for split, mine in zip(SPLITS, (~held_out, held_out), strict=True):
+        counts[f"{split}_documents"] = int(mine.sum())
+        counts[f"{split}_tokens"] = int(encoded["length"].to_numpy()[mine].sum())
+        counts[f"{split}_bytes"] = int(sizes[mine].sum())
+    return counts
+
+
+def _packed(window: list[pa.Table], width: int, pad_id: int) -> Iterator[Output]:
+    """The documents of a window packed into sequences of ``width`` tokens, each split for itself."""
+    from pipelines.packing import pack, put_pieces
+
+    together = pa.concat_tables(window)
+    for held_out, split in enumerate(SPLITS):
+        mine = together.filter(pc.equal(together["validation"], bool(held_out))).combine_chunks()
+        if not mine.num_rows:
+            continue
+        column = mine["tokens"].chunk(0)
+        ids, starts = column.flatten().to_numpy(), np.asarray(column.offsets) - column.offsets[0].as_py()
+        pieces = pack(np.diff(starts), width)
+        tokens = np.empty(int((pieces.length + pieces.padding).sum()), ids.dtype)
+        put_pieces(ids, starts[pieces.document] + pieces.start, pieces.length, pieces.padding, pad_id, tokens)
+        ends = np.concatenate([[0], np.cumsum(pieces.length + pieces.padding)])
+        table = mine.select(["id", "source", "url", "validation"]).take(pa.array(pieces.document))
+        columns = [*table.columns, pa.array(pieces.length), pa.LargeListArray.from_arrays(ends, pa.array(tokens))]
+        padding = int(pieces.padding.sum())
+        yield Output(
+            pa.table(columns, schema=mine.schema), None, 0, 0,
+            {f"{split}_tokens": padding, f"{split}_padding": padding},
+        )  # fmt: skip
 
 
 def _pack(
@@ -199,9 +277,11 @@ def _pack(
             "bytes": sum(part.get(f"{split}_bytes", 0) for part in encoded["parts"]),
             "vocab_size": encoder.vocab_size,
             "dtype": token_dtype(encoder.vocab_size).name,
+            "pad_id": encoder.pad_id,
+            "padding": sum(part.get(f"{split}_padding", 0) for part in encoded["parts"]),
             "tokenizer": stage.inputs["tokenizer"],
             "shards": [unit.name for unit in units],
-            **{k: v for k, v in asdict(settings).items() if k in ("block", "shard_tokens")},
+            **{k: v for k, v in asdict(settings).items() if k in ("block", "shard_tokens", "sequence_length")},
         }
     )
     progress.finish(f"{total:,} tokens in {len(units)} shards")
@@ -212,26 +292,29 @@ def _fill(folder: str, validation: bool, block: int, pad_id: int, dtype: str, un
     """Write one shard: the split's tokens ``[start, end)``; the shard file, written last, is its own receipt."""
     start, end = unit.arguments["start"], unit.arguments["end"]
     tokens = np.empty(end - start, dtype)
-    documents = []
-    for uri, first in unit.arguments["parts"]:
-        at = first
-        for table in read_part(uri):
-            mine = table.filter(pa.compute.equal(table["validation"], validation)).combine_chunks()
-            if not mine.num_rows:
-                continue
-            column = mine["tokens"].combine_chunks() if mine["tokens"].num_chunks != 1 else mine["tokens"].chunk(0)
-            values = column.flatten().to_numpy()
-            offsets = np.asarray(column.offsets) - column.offsets[0].as_py()
-            low, high = max(start - at, 0), min(end - at, len(values))
-            if low < high:
-                tokens[at + low - start : at + high - start] = values[low:high]
-            for i in np.flatnonzero((at + offsets[:-1] >= start) & (at + offsets[:-1] < end)):
-                row = {name: mine[name][int(i)].as_py() for name in ("id", "source", "url")}
-                documents.append(row | {"start": int(at + offsets[i]), "length": int(offsets[i + 1] - offsets[i])})
-            at += len(values)
-            if at >= end:
-                break
+    n_documents = 0
     with storage.parquet_writer(storage.join(folder, "documents", unit.name), DOCUMENTS_SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(documents, DOCUMENTS_SCHEMA))
+        for uri, first in unit.arguments["parts"]:
+            at = first
+            for table in read_part(uri):
+                mine = table.filter(pc.equal(table["validation"], validation)).combine_chunks()
+                if not mine.num_rows:
+                    continue
+                column = mine["tokens"].chunk(0)
+                values = column.flatten().to_numpy()
+                offsets = np.asarray(column.offsets) - column.offsets[0].as_py()
+                low, high = max(start - at, 0), min(end - at, len(values))
+                if low < high:
+                    tokens[at + low - start : at + high - start] = values[low:high]
+                begin_here = np.flatnonzero((at + offsets[:-1] >= start) & (at + offsets[:-1] < end))
+                if len(begin_here):
+                    rows = mine.take(pa.array(begin_here))
+                    starts = pa.array(at + offsets[begin_here])
+                    columns = [rows["id"], starts, rows["length"], rows["source"], rows["url"]]
+                    writer.write_table(pa.table(columns, schema=DOCUMENTS_SCHEMA))
+                    n_documents += len(begin_here)
+                at += len(values)
+                if at >= end:
+                    break
     write_shard(storage.join(folder, unit.name), tokens, block, pad_id)
-    return {"name": unit.name, "documents": len(documents), "bytes": tokens.nbytes}
+    return {"name": unit.name, "documents": n_documents, "bytes": tokens.nbytes}

@@ -1,22 +1,26 @@
-"""Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): train, load, special tokens.
+"""Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): train, load, encode, special tokens.
 
 Every byte has a token, so any text round-trips exactly. Ids: merges follow the 256 bytes, which follow the special
-tokens, so that the ids of the special tokens do not depend on the vocabulary's size.
+tokens, so that the ids of the special tokens do not depend on the vocabulary's size. A special token written out in a
+text is text; only its id is control.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from pipelines import storage
 from pipelines.documents import InputError
-from pipelines.stage import Stage, part_uris, read_part
+from pipelines.stage import Stage, part_uris
+from pipelines.word_counts import WordCounts, add_up, count_words
 
 log = logging.getLogger("ingot")
 
@@ -30,31 +34,46 @@ class TokenizerSettings:
 
     vocab_size: int = 32768
     """Number of tokens, special ones and the 256 bytes included."""
+    pre_tokenizer: Literal["gpt4", "gpt2"] = "gpt4"
+    """Regular expression that cuts text into the words within which tokens lie: GPT-4's (cl100k_base) or GPT-2's."""
+    digits: int = 3
+    """Digits of a number that can be one token at most, 1 to 3; GPT-2's pre-tokenizer has no such bound."""
+    special_tokens: list[str] = field(default_factory=list)
+    """Special tokens of your own, such as those of a chat format; they follow `<|endoftext|>` and `<|pad|>`."""
     reserved_tokens: int = 62
-    """Special tokens `<|reserved_0|>` … kept free for later use, such as a chat format."""
+    """Special tokens `<|reserved_0|>` … kept free for later use."""
     sample_bytes: int = 1_000_000_000
-    """Bytes of text to train on, taken evenly from all parts of the corpus."""
+    """Bytes of text to train on, about: documents from all over the corpus, chosen by a hash of their id."""
     min_frequency: int = 2
     """A pair of tokens seen less often than this is not merged."""
 
     def validate(self) -> None:
         """Raise ValueError for what cannot work."""
-        least = 256 + 2 + self.reserved_tokens
+        special = self.all_special_tokens()
+        least = 256 + len(special)
         if self.vocab_size < least or self.vocab_size > 2**31:
             raise ValueError(
                 f"tokenizer.vocab_size is {self.vocab_size}; it has to be at least {least} "
-                f"(256 bytes, 2 special and {self.reserved_tokens} reserved tokens)"
+                f"(256 bytes, {len(special) - self.reserved_tokens} special and {self.reserved_tokens} reserved tokens)"
             )
         for name in ("reserved_tokens", "min_frequency"):
             if getattr(self, name) < 0:
                 raise ValueError(f"tokenizer.{name} is {getattr(self, name)}; it must not be negative")
         if self.sample_bytes < 1:
             raise ValueError(f"tokenizer.sample_bytes is {self.sample_bytes}; it has to be positive")
+        if self.pre_tokenizer not in ("gpt2", "gpt4"):
+            raise ValueError(f"tokenizer.pre_tokenizer is {self.pre_tokenizer!r}; it has to be gpt2 or gpt4")
+        if not 1 <= self.digits <= 3:
+            raise ValueError(f"tokenizer.digits is {self.digits}; it has to be 1, 2 or 3")
+        if twice := sorted({token for token in special if special.count(token) > 1}):
+            raise ValueError(f"tokenizer.special_tokens: {', '.join(twice)} is there twice, or taken by Ingot itself")
+        # One character can be a byte's token, whose id a special token must not share.
+        if short := [token for token in self.special_tokens if len(token) < 2]:
+            raise ValueError(f"tokenizer.special_tokens: {short[0]!r} is too short; take two characters or more")
 
-
-def special_tokens(reserved: int) -> list[str]:
-    """The special tokens in the order of their ids, from 0."""
-    return [END_OF_TEXT, PAD, *(f"<|reserved_{i}|>" for i in range(reserved))]
+    def all_special_tokens(self) -> list[str]:
+        """The special tokens in the order of their ids, from 0."""
+        return [END_OF_TEXT, PAD, *self.special_tokens, *(f"<|reserved_{i}|>" for i in range(self.reserved_tokens))]
 
 
 class Tokenizer:
@@ -98,9 +117,34 @@ class Tokenizer:
         """Token ids of ``text``; special tokens written out in it are text, not control."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    @cached_property
+    def _bulk(self) -> Any:
+        import fastokens
+
+        return fastokens.Tokenizer.from_json_str(self.backend.to_str())
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of many texts, one after another: what `encode` gives, by the fastest library that does.
+
+        Returns:
+            ids, (tokens,) uint32, and where those of each text begin, and the last one's end, (len(texts) + 1,) int64.
+        """
+        ids, starts = self._bulk.encode_batch_flat(list(texts), split_special_tokens=True)
+        return np.frombuffer(ids, np.uint32), np.frombuffer(starts, np.uint64).astype(np.int64)
+
+    def check_batch(self, texts: Sequence[str]) -> None:
+        """Hold `encode_batch`, the work of another library, against `encode` on some texts.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        ids, starts = self.encode_batch(texts)
+        for i, text in enumerate(texts):
+            if ids[starts[i] : starts[i + 1]].tolist() != self.encode(text):
+                raise RuntimeError(
+                    "the installed versions of fastokens and tokenizers give different ids for the text "
+                    f"{text[:100]!r}; install others"
+                )
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD, special tokens stand as they are written."""
@@ -108,15 +152,7 @@ class Tokenizer:
 
     @cached_property
     def _token_bytes(self) -> list[bytes]:
-        from tokenizers.pre_tokenizers import ByteLevel
-
-        # The byte-level alphabet writes each byte as one printable character: printable Latin-1 bytes as themselves,
-        # the others, in order, as the characters from U+0100 on (Radford et al. 2019).
-        own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [byte for byte in range(256) if byte not in own]
-        byte_of = {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}
-        if set(byte_of) != set(ByteLevel.alphabet()):
-            raise RuntimeError("the tokenizers package has changed its byte-level alphabet")
+        byte_of = {char: byte for byte, char in enumerate(byte_chars())}
         special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         return [
             b"" if i in special else bytes(byte_of[c] for c in self.backend.id_to_token(i))
@@ -132,42 +168,65 @@ class Tokenizer:
         return np.array([len(token) for token in self._token_bytes], np.int64)
 
 
-def train_on_texts(texts: Iterator[str], settings: TokenizerSettings) -> Tokenizer:
-    """Train byte-level BPE with GPT-2's pre-tokenizer on an iterator of texts."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+@functools.cache
+def byte_chars() -> list[str]:
+    """How tokenizer.json writes each byte: as one printable character (Radford et al. 2019).
 
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocab_size,
-        min_frequency=settings.min_frequency,
-        special_tokens=special_tokens(settings.reserved_tokens),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+    Printable Latin-1 bytes stand for themselves, the others, in order, are the characters from U+0100 on.
+    """
+    own = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in own]
+    return [chr(byte) if byte in own else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+def train_on_texts(texts: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
+    """Train on texts in this process."""
+    from pipelines.pretokens import count
+
+    columns = (pa.array([text], pa.large_string()) for text in texts)
+    words = add_up(count(columns, settings.pre_tokenizer, settings.digits))
+    return train_on_counts(words, settings)[0]
+
+
+def train_on_counts(words: pa.Table, settings: TokenizerSettings) -> tuple[Tokenizer, int]:
+    """Train on words and how often each occurs.
+
+    The tokenizer is the one that the trainer of ``tokenizers`` makes of the same text, ties included (see merges.py).
+
+    Args:
+        words: distinct pre-tokens, as `word_counts.SCHEMA`, in any order.
+        settings: vocabulary size, pre-tokenizer, special tokens.
+
+    Returns:
+        The tokenizer, and the number of its tokens in the text that was counted.
+    """
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Backend
+
+    from pipelines.merges import learn_merges
+    from pipelines.pretokens import pre_tokenizer, utf8
+
+    special, chars = settings.all_special_tokens(), byte_chars()
+    vocab = {token: i for i, token in enumerate([*special, *sorted(chars)])}
+    byte_ids = np.array([vocab[char] for char in chars])
+    data, offsets = utf8(words["word"])
+    counts = words["count"].to_numpy()
+    learned = learn_merges(
+        data, offsets, counts, byte_ids, settings.vocab_size - len(vocab), max(settings.min_frequency, 1)
     )
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend)
-
-
-def sample_texts(parts: list[tuple[str, int]], budget: int) -> Iterator[str]:
-    """Texts of the parts ``(uri, bytes of text)`` until each has given its share of ``budget`` bytes."""
-    total = sum(size for _, size in parts)
-    for uri, size in parts:
-        left = size if total <= budget else int(budget * size / total)
-        for table in read_part(uri, rows=256, columns=["text"]):
-            for text in table["text"].to_pylist():
-                if left <= 0:
-                    break
-                yield text
-                left -= len(text.encode())
-            if left <= 0:
-                break
+    for text in learned.made:
+        vocab["".join(chars[byte] for byte in text)] = len(vocab)
+    written = list(vocab)
+    merges = [(written[left], written[right]) for left, right, _ in learned.merges]
+    backend = Backend(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizer(settings.pre_tokenizer, settings.digits)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return Tokenizer(backend), learned.tokens
 
 
 def train(folder: str, corpus: str, corpus_manifest: dict[str, Any], settings: TokenizerSettings) -> dict[str, Any]:
-    """Train a tokenizer on a corpus stage in a Ray task and publish it in ``folder``; skipped when it is there.
+    """Train a tokenizer on a corpus stage with Ray and publish it in ``folder``; skipped when it is there.
 
     Args:
         folder: where ``tokenizer.json`` and ``manifest.json`` go.
@@ -179,12 +238,14 @@ def train(folder: str, corpus: str, corpus_manifest: dict[str, Any], settings: T
         The manifest.
 
     Raises:
-        ValueError: the corpus is empty.
+        ValueError: the corpus is empty, or the sample.
     """
     settings.validate()
-    stage = Stage("tokenizer", folder, settings, {"corpus": corpus_manifest["fingerprint"]})
+    stage = Stage("tokenizer", folder, settings, {"corpus": corpus_manifest["fingerprint"]}, version=2)
+    words = storage.join(folder, "_words")
     if manifest := stage.finished():
         log.info("tokenizer: up to date, nothing to do")
+        storage.delete(words)  # a run that was killed at its very end left it
         return manifest
     if not corpus_manifest["documents_out"]:
         raise InputError(f"{corpus}: holds no document; look at its set-aside folder for the reasons")
@@ -197,20 +258,33 @@ def train(folder: str, corpus: str, corpus_manifest: dict[str, Any], settings: T
         settings.vocab_size,
         min(settings.sample_bytes, sum(size for _, size in parts)) / 1e6,
     )
-    facts = ray.get(ray.remote(_train_task).remote(folder, parts, settings))
+    sample = count_words(words, parts, settings.sample_bytes, settings.pre_tokenizer, settings.digits)
+    if not sample.documents:
+        raise InputError(
+            f"tokenizer.sample_bytes is {settings.sample_bytes}: so little that the sample holds no document; raise it"
+        )
+    facts = ray.get(ray.remote(_learn).remote(folder, sample, settings))
+    if facts["vocab_size"] < settings.vocab_size:
+        log.warning(
+            "tokenizer: made %d of %d tokens: no other pair occurs %d times in the sample",
+            facts["vocab_size"],
+            settings.vocab_size,
+            settings.min_frequency,
+        )
     log.info("tokenizer: done, %d tokens, %.2f bytes a token", facts["vocab_size"], facts["bytes_per_token"])
-    return stage.publish(facts)
+    manifest = stage.publish(facts)
+    storage.delete(words)
+    return manifest
 
 
-def _train_task(folder: str, parts: list[tuple[str, int]], settings: TokenizerSettings) -> dict[str, Any]:
-    tokenizer = train_on_texts(sample_texts(parts, settings.sample_bytes), settings)
+def _learn(folder: str, sample: WordCounts, settings: TokenizerSettings) -> dict[str, Any]:
+    """Work of the one task that learns the merges from all counts, and writes the tokenizer."""
+    words = sample.read()
+    tokenizer, tokens = train_on_counts(words, settings)
     storage.write_bytes(storage.join(folder, "tokenizer.json"), tokenizer.backend.to_str(pretty=True).encode())
-    size = tokens = 0
-    for text in sample_texts(parts, min(settings.sample_bytes, 2_000_000)):
-        size += len(text.encode())
-        tokens += len(tokenizer.encode(text))
     return {
         "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": size / max(tokens, 1),
-        "special_tokens": special_tokens(settings.reserved_tokens),
+        "bytes_per_token": sample.bytes / max(tokens, 1),
+        "special_tokens": settings.all_special_tokens(),
+        "sample": {"documents": sample.documents, "bytes": sample.bytes, "words": words.num_rows},
     }

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.config import OptimizerConfig, ScheduleConfig
+from models.loss import IGNORE, inputs_and_targets
 from models.optimizer import clip_grad_norm, learning_rate
 from models.parallel import set_gradient_sync
 from models.training import checkpoints
@@ -55,7 +56,7 @@ class Training:
         optimizer: over its parameters.
         config: lengths and settings.
         batches: from a data step on, yields this rank's tokens, (global_batch / world, sequence_length + 1) int64, of
-            the data steps that the second argument maps to (it skips ranges).
+            the data steps that the second argument maps to (it skips ranges); -100 is padding at a sequence's end.
         validation: yields this rank's ``(tokens, weights)`` of the validation split; every rank the same number.
         byte_lengths: bytes each token stands for, (vocab_size,) int64.
         run: the run's folder.
@@ -149,7 +150,7 @@ class Training:
         total = torch.zeros((), device=self.device)
         for i, piece in enumerate(pieces):
             set_gradient_sync(self.model, i == len(pieces) - 1)
-            loss = self.model(piece[:, :-1], piece[:, 1:]) / len(pieces)
+            loss = self.model(*inputs_and_targets(piece)) / len(pieces)
             loss.backward()
             total += loss.detach().float()
         norm = clip_grad_norm(self.model, self.config.optimizer.grad_clip)
@@ -200,11 +201,12 @@ class Training:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in self.validation():
             tokens, weights = (part.to(self.device) for part in batch)
-            targets = tokens[:, 1:]
-            losses = self.model(tokens[:, :-1], targets, reduction="none").view(targets.shape)
-            sums[0] += (losses.double() * weights[:, None]).sum()
-            sums[1] += weights.sum() * targets.shape[1]
-            sums[2] += (self.byte_lengths[targets] * weights[:, None]).sum()
+            inputs, targets = inputs_and_targets(tokens)
+            losses = self.model(inputs, targets, reduction="none").view(targets.shape)
+            counted = (targets != IGNORE) * weights[:, None]
+            sums[0] += (losses.double() * counted).sum()
+            sums[1] += counted.sum()
+            sums[2] += (self.byte_lengths[targets.clamp(min=0)] * counted).sum()
         if self.world > 1:
             dist.all_reduce(sums)
         nats, tokens, size = sums.tolist()

@@ -8,7 +8,9 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.loss import cross_entropy
+from models.config import ModelConfig
+from models.loss import IGNORE, cross_entropy, inputs_and_targets
+from models.transformer import Transformer
 
 TOKENS, D_MODEL, VOCAB = 37, 8, 50
 
@@ -99,3 +101,12 @@ def test_disagreeing_lengths_are_refused():
         cross_entropy(torch.zeros(3, D_MODEL), torch.zeros(VOCAB, D_MODEL), torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="chunk is 0"):
         cross_entropy(torch.zeros(3, D_MODEL), torch.zeros(VOCAB, D_MODEL), torch.zeros(3).long(), chunk=0)
+
+
+def test_padding_at_the_end_of_a_sample_costs_nothing():
+    config = ModelConfig(vocab_size=64, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=32, max_seq_len=8)
+    model = Transformer(config, seed=0)
+    whole = torch.randint(0, 64, (1, 9))
+    padded = torch.cat([whole[:, :6], torch.full((1, 3), IGNORE)], 1)
+    torch.testing.assert_close(model(*inputs_and_targets(padded)), model(*inputs_and_targets(whole[:, :6])))
+    assert torch.equal(inputs_and_targets(whole)[0], whole[:, :-1])

@@ -10,6 +10,7 @@ class Counting:
     """Stands for a split whose token at offset i is i."""
 
     folder = "tokens/train"
+    sequence_length = None
 
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
