@@ -107,7 +107,7 @@ def fake_parser(tmp_path, monkeypatch):
     """
     (tmp_path / "trafilatura.py").write_text(textwrap.dedent(code).replace("{folder}", str(tmp_path)))
     monkeypatch.syspath_prepend(tmp_path)
-    return ExtractSettings(extractor="trafilatura", timeout_s=0.05)
+    return ExtractSettings(extractor="trafilatura", timeout_s=0.3)
 
 
 def test_a_parser_that_dies_sleeps_or_raises_costs_that_page(fake_parser):
