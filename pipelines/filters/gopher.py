@@ -3,6 +3,9 @@
 Where the paper leaves a choice, datatrove's is taken: how lines and paragraphs are cut, which words count, that shares
 of characters are of the whole text, the walk that counts duplicated n-grams. Words are cut as spaCy's English tokenizer
 cuts them (``words.tokens``), which makes punctuation a word of its own.
+
+The thresholds were made for English. In scripts without spaces every character is a word here, so that n-grams repeat
+sooner; texts in such scripts want thresholds of their own, or a language rule before these.
 """
 
 from __future__ import annotations
