@@ -3,8 +3,9 @@
     python tests/benchmarks/language.py LABELLED.jsonl [--most 300] [--characters 2000]
 
 reads lines with ``text`` and ``language`` (ISO 639-1), takes at most ``--most`` documents of a language, and prints for
-each identifier how many documents it reads in a second of CPU time, the share of documents whose language it finds, and the share on
-which it agrees with py3langid. Identifiers that are not installed are left out. Ingot's answers have to be py3langid's.
+each identifier how many documents it reads in a second of CPU time, the share of documents whose language it finds, and
+the share on which it agrees with py3langid, which for Ingot has to be all. Identifiers that are not installed are left
+out.
 """
 
 from __future__ import annotations
