@@ -126,7 +126,7 @@ def _sources(manifests: dict[str, dict[str, Any]]) -> str:
     return (
         table("Sources", header, rows)
         + folded("Languages", table("", ["language", "documents"], told))
-        + f'<div class="grid"><figure>{lengths}</figure></div>'
+        + f'<div class="grid"><figure>{lengths}</figure><div></div></div>'
     )
 
 
@@ -138,26 +138,26 @@ def _histograms(manifests: dict[str, dict[str, Any]]) -> str:
     for manifest in manifests.values():
         for reason, scales in sorted(manifest["statistics"].get("measures", {}).items()):
             for scale, found in scales.items():
-                limits = {tuple(map(float, key.split())) for key in found["limits"]}
-                marks = sorted({limit for pair in limits for limit in pair if math.isfinite(limit)})
-                charts.append(f"<figure>{histogram_chart(reason, scale, found['bins'], marks)}</figure>")
+                limits = [tuple(map(float, key.split())) for key in found["limits"]]
+                charts.append(f"<figure>{histogram_chart(reason, scale, found['bins'], limits)}</figure>")
     if not charts:
         return ""
-    note = "Documents by the value that a rule measured; the line is the threshold, and darker bars lie beyond it."
+    note = "Documents by the value that a rule measured; the lines are its thresholds, and pale bars lie beyond them."
     return f'<section><h2>What the rules measured</h2><p>{note}</p><div class="grid">{"".join(charts)}</div></section>'
 
 
-def histogram_chart(title: str, scale: str, bins: dict[str, int], thresholds: list[float]) -> str:
-    """Bars of how many documents have a value, with thresholds as vertical lines.
+def histogram_chart(title: str, scale: str, bins: dict[str, int], limits: list[tuple[float, float]]) -> str:
+    """Bars of how many documents have a value, pale beyond the limits, which are vertical lines.
 
     Args:
         title: what was measured.
         scale: of pipelines.statistics, ``shares`` or ``decades``.
         bins: documents by the number of the bin.
-        thresholds: where the lines are drawn.
+        limits: smallest and largest value that a rule allows; several where sources differ.
     """
     width, height, left, bottom, top = 470, 200, 50, 160, 26
     counts = {int(place): count for place, count in bins.items()}
+    thresholds = sorted({limit for pair in limits for limit in pair if math.isfinite(limit)})
     step = 5 if scale == "shares" else 2  # bins drawn as one bar
     spots: dict[int, int] = {}
     lowest = min((place for place in counts if place > -1000), default=0)
@@ -180,8 +180,12 @@ def histogram_chart(title: str, scale: str, bins: dict[str, int], thresholds: li
         size = (bottom - top) * count / highest
         low = "0" if spot == zero and scale == "decades" else number(_value(spot, scale, step))
         note = f"from {low}: {count:,} documents"
+        start = 0.0 if spot == zero and scale == "decades" else _value(spot, scale, step)
+        end = 0.0 if spot == zero and scale == "decades" else _value(spot + 1, scale, step)
+        beyond = bool(limits) and all(end <= minimum or start > maximum for minimum, maximum in limits)
+        css = "dropped" if beyond else "kept"
         parts.append(
-            f'<g><title>{note}</title><rect class="kept" x="{x(spot) + 0.5:.1f}" y="{bottom - size:.1f}" '
+            f'<g><title>{note}</title><rect class="{css}" x="{x(spot) + 0.5:.1f}" y="{bottom - size:.1f}" '
             f'width="{max(x(spot + 1) - x(spot) - 1, 1):.1f}" height="{max(size, 0.7):.1f}"/></g>'
         )
     parts.append(f'<line class="grid" x1="{left}" x2="{width - 10}" y1="{bottom}" y2="{bottom}"/>')

@@ -1,3 +1,4 @@
+import math
 import re
 from html.parser import HTMLParser
 
@@ -83,8 +84,10 @@ def test_one_page_with_funnel_histograms_samples_and_clusters_that_fetches_nothi
 
 
 def test_bars_are_as_high_as_their_share_and_the_threshold_stands_between_its_bars():
-    chart = histogram_chart("m", "shares", {"5": 10, "40": 40}, [0.3])
-    bars = [tuple(map(float, found)) for found in re.findall(r'class="kept" x="([\d.]+)".*?height="([\d.]+)"', chart)]
+    chart = histogram_chart("m", "shares", {"5": 10, "40": 40}, [(-math.inf, 0.3)])
+    found = re.findall(r'class="(kept|dropped)" x="([\d.]+)".*?height="([\d.]+)"', chart)
+    assert [css for css, _, _ in found] == ["kept", "dropped"]
+    bars = [(float(x), float(height)) for _, x, height in found]
     assert len(bars) == 2
     assert bars[1][1] == pytest.approx(4 * bars[0][1], rel=0.01)
     mark = float(re.search(r'class="rule rollback" x1="([\d.]+)"', chart)[1])
@@ -93,4 +96,4 @@ def test_bars_are_as_high_as_their_share_and_the_threshold_stands_between_its_ba
 
 @pytest.mark.parametrize("bins", [{}, {"-1000": 5}, {"-1000": 5, "30": 1}, {"-25": 3}])
 def test_histograms_of_zeros_nothing_and_small_values_can_be_drawn(bins):
-    assert histogram_chart("m", "decades", bins, [0.0, 50.0]).startswith("<svg")
+    assert histogram_chart("m", "decades", bins, [(0.0, 50.0)]).startswith("<svg")
