@@ -317,20 +317,27 @@ def delete_unfinished(folder: str) -> None:
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:
-    """A Parquet file opened for reading; local files are mapped into memory.
+    """A Parquet file opened for reading; local ones are mapped into memory, checksums are compared where there are any.
 
     Raises:
         ValueError: the file is not Parquet; the message names it.
     """
     path = local_path(uri)
     try:
-        return pq.ParquetFile(path, memory_map=True) if path is not None else pq.ParquetFile(open_input(uri))
+        return pq.ParquetFile(
+            open_input(uri) if path is None else path,
+            memory_map=path is not None,
+            page_checksum_verification=True,
+        )
     except pa.ArrowInvalid as error:
         raise InputError(f"{uri}: not a readable Parquet file ({error})") from None
 
 
 @contextlib.contextmanager
 def parquet_writer(uri: str, schema: pa.Schema, compression: str = "zstd") -> Iterator[pq.ParquetWriter]:
-    """A Parquet file to write tables into; it is there, whole, once the block ends without an error."""
-    with open_output(uri) as out, pq.ParquetWriter(out, schema, compression=compression) as writer:
+    """A Parquet file with checksums to write tables into; it is there, whole, once the block ends without an error."""
+    with (
+        open_output(uri) as out,
+        pq.ParquetWriter(out, schema, compression=compression, write_page_checksum=True) as writer,
+    ):
         yield writer

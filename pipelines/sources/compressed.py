@@ -8,6 +8,7 @@ files", version 0.1).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ _STEP = 1 << 20  # decompressed bytes given on at a time: a small file may expan
 # A damaged member is noticed only after its damage, and may by then have swallowed the start of the next one; larger
 # members are searched again from this far before the place where it was noticed.
 _LOOK_BACK = 1 << 20
+_BITE = 256  # bytes that a zstd decoder gets at a time: it cannot bound what it gives, and a few may be 128 KB
 _PROBE = 512  # decompressed bytes that a place to go on at is judged by
 
 
@@ -70,6 +72,7 @@ def pieces(file: BinaryIO, plausible: Callable[[bytes], bool], start: int = 0) -
             for a place to go on behind damage.
         start: offset to read from, for plain files only.
     """
+    file.seek(0)
     head = file.read(4)
     file.seek(start)
     if head.startswith(GZIP):
@@ -147,17 +150,19 @@ class _Zstd:
 
     def __init__(self, dictionary: zstandard.ZstdCompressionDict | None) -> None:
         self.stream = zstandard.ZstdDecompressor(dictionary, max_window_size=1 << 27).decompressobj()
+        self.fed = 0  # bytes that raised no error
+        self.rest = b""
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """What ``data`` decompresses to."""
-        # Small bites, since this interface cannot bound its output: a few bytes may be a block of 128 KB.
-        for at in range(0, len(data), 256):
+    def feed(self, data: bytes, bite: int = _BITE) -> Iterator[bytes]:
+        """What ``data`` decompresses to, ``bite`` bytes at a time."""
+        for at in range(0, len(data), bite):
             if self.stream.eof:
                 self.rest = data[at:]
                 return
-            if out := self.stream.decompress(data[at : at + 256]):
+            out = self.stream.decompress(data[at : at + bite])
+            self.fed += len(data[at : at + bite])
+            if out:
                 yield out
-        self.rest = b""
 
     @property
     def ended(self) -> bool:
@@ -215,13 +220,34 @@ class _Members:
                         yield Piece(held, start, first, False)
                         first = False
                     held = out
-        except (EOFError, *_ERRORS):
+        except (EOFError, *_ERRORS) as error:
             if held:
                 yield Piece(held, start, first, False)
+                first = False
+            if isinstance(error, zstandard.ZstdError):
+                for out in self._last_before_damage(start, stream.fed):
+                    yield Piece(out, start, first, False)
+                    first = False
             raise
         self.buffer = stream.left + self.buffer
         self.at -= len(stream.left)
         yield Piece(held, start, first, True)
+
+    def _last_before_damage(self, start: int, sound: int) -> Iterator[bytes]:
+        """What a zstd frame gives between its ``sound`` first bytes and its damage, which the call that failed kept."""
+        here = self.at
+        self._go(start)
+        stream = self.decoder()
+        while stream.fed < sound:
+            data = self._take()
+            extra = max(0, stream.fed + len(data) - sound)
+            for _ in stream.feed(data[: len(data) - extra]):
+                pass  # given before
+            if extra:
+                self._go(self.at - extra)
+        with contextlib.suppress(EOFError, *_ERRORS):
+            yield from stream.feed(self._take()[:_BITE], bite=1)
+        self._go(here)
 
     def _take(self) -> bytes:
         """What is in the buffer or, when it is empty, the next bytes of the file."""

@@ -77,7 +77,7 @@ def _book(archive: zipfile.ZipFile, limit: int) -> tuple[str, dict[str, Any]]:
     encrypted = _encrypted(archive)
     texts, left = [], limit
     for name in chapters:
-        if name in encrypted or archive.getinfo(name).flag_bits & 1:
+        if name in encrypted:
             raise _RefusedError("book: encrypted epub", name)
         page = _entry(archive, name, left)
         left -= len(page)
@@ -119,6 +119,8 @@ def _xml(archive: zipfile.ZipFile, name: str) -> ET.Element:
 
 
 def _entry(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    if archive.getinfo(name).flag_bits & 1:
+        raise _RefusedError("book: encrypted epub", name)
     with archive.open(name) as file:
         data = file.read(limit + 1)
         if len(data) > limit:

@@ -26,7 +26,6 @@ def read(uri: str, source: Source, start: int = 0, end: int | None = None) -> It
     """
     with storage.open_input(uri) as file:
         compressed = is_compressed(file.read(4))
-        file.seek(0)
         where = " (offset in the decompressed content)" if compressed else ""
         for item in _lines(file, uri, source.max_record_bytes, where, start, end):
             yield item if isinstance(item, BadRecord) else _document(uri, *item, source, where)

@@ -18,7 +18,7 @@ _ROWS = 256
 def read(uri: str, source: Source, start: int = 0, end: int | None = None) -> Iterator[Record | BadRecord]:
     """The documents of a file; columns of numbers and strings that the source's mapping does not name are metadata.
 
-    A row group that cannot be read is a BadRecord with the offset of the group in the file.
+    A row group that cannot be read is a BadRecord with the offset of the group in the file, and so is a row of it.
 
     Args:
         uri: the file.
@@ -40,7 +40,7 @@ def read(uri: str, source: Source, start: int = 0, end: int | None = None) -> It
         first, rows = row, file.metadata.row_group(group).num_rows
         try:
             for batch in file.iter_batches(_ROWS, row_groups=[group], columns=names):
-                yield from _documents(uri, row, batch, source)
+                yield from _documents(uri, row, batch, source, _offset(file, group))
                 row += len(batch)
         except (pa.ArrowException, OSError) as error:
             if storage.failed(error):
@@ -85,19 +85,20 @@ def ranges(file: storage.FileInfo, size: int) -> list[tuple[int, int]]:
     return [*out, (first, opened.num_row_groups)]
 
 
-def _documents(uri: str, row: int, batch: pa.RecordBatch, source: Source) -> Iterator[Record | BadRecord]:
+def _documents(uri: str, row: int, batch: pa.RecordBatch, source: Source, offset: int) -> Iterator[Record | BadRecord]:
+    """Rows as documents; their offset is that of their row group."""
     for i, fields in enumerate(_rows(batch), row):
         if isinstance(fields, UnicodeDecodeError):
-            yield BadRecord(uri, -1, "parquet: bad UTF-8", f"row {i}: {fields}")
+            yield BadRecord(uri, offset, "parquet: bad UTF-8", f"row {i}: {fields}")
             continue
         found = columns.document(fields, source, uri, i)
         if isinstance(found, str):
-            yield BadRecord(uri, -1, "parquet: no text", f"row {i}: {found}")
+            yield BadRecord(uri, offset, "parquet: no text", f"row {i}: {found}")
         elif len(found["text"].encode()) > source.max_record_bytes:
-            yield BadRecord(uri, -1, "parquet: too long", f"row {i} has more than {source.max_record_bytes} bytes")
+            yield BadRecord(uri, offset, "parquet: too long", f"row {i} has more than {source.max_record_bytes} bytes")
         else:
             found["metadata"] = {"row": i} | found["metadata"]
-            yield found | {"offset": -1}
+            yield found | {"offset": offset}
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:

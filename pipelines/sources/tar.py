@@ -38,7 +38,6 @@ def members(uri: str, limit: int, wanted: Callable[[str], bool]) -> Iterator[Mem
     """The regular files whose name is wanted; longer ones than ``limit`` and what is damaged are BadRecords."""
     with storage.open_input(uri) as file:
         compressed = is_compressed(file.read(4))
-        file.seek(0)
         reader = _Reader(uri, limit, wanted, compressed)
         for piece in pieces(file, lambda start: True):
             if isinstance(piece, Damage):

@@ -16,6 +16,8 @@ from pipelines.sources import Record, Source, http_body
 from pipelines.sources.compressed import Damage, is_compressed, pieces
 
 _VERSION = b"WARC/"
+_BEHIND = 4 + len(_VERSION)  # bytes by which the end of a record is known: two line ends and the next one's start
+_MAX_REWINDS = 100  # in a file
 _NEXT_RECORD = re.compile(rb"(?<=\n)WARC/[0-9]")
 _HEADER_BYTES = 64 << 10
 _LENGTH = re.compile(rb"^content-length:[ \t]*([0-9]{1,15})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
@@ -69,29 +71,33 @@ def _records(uri: str, limit: int) -> Iterator[tuple[int, _Raw] | BadRecord]:
 
     with storage.open_input(uri) as file:
         compressed = is_compressed(file.read(4))
-        file.seek(0)
-        splitter, held, member = _Splitter(limit), None, 0
-        for piece in pieces(file, lambda start: start.startswith(_VERSION)):
+        splitter, held, member, rewinds = _Splitter(limit), None, 0, 0
+        stream = pieces(file, lambda start: start.startswith(_VERSION))
+        while True:
+            piece = next(stream, None)
             if isinstance(piece, Damage):
                 # What is held comes from the damaged member and so cannot be trusted.
                 splitter, held = _Splitter(limit), None
                 yield BadRecord(uri, piece.offset, "warc: damaged compression", piece.detail)
                 continue
-            member = piece.member
-            for found in splitter.feed(piece.data, final=piece.ends):
+            member = piece.member if piece else member
+            for found in splitter.feed(piece.data if piece else b"", final=piece is None or piece.ends):
                 if held is not None:
                     yield held
                 held = located(found, member, compressed)
-            if piece.ends:
+            if splitter.astray is not None and not compressed and rewinds < _MAX_REWINDS:
+                # The length was wrong: what was passed over may hold records.
+                rewinds += 1
+                start, splitter = splitter.astray, _Splitter(limit)
+                splitter.position, splitter.searching = start, True
+                stream = pieces(file, lambda start: False, start)
+                continue
+            if piece is None or piece.ends:
                 if held is not None:
                     yield held
                 splitter, held = _Splitter(limit), None
-        for found in splitter.feed(b"", final=True):
-            if held is not None:
-                yield held
-            held = located(found, member, compressed)
-        if held is not None:
-            yield held
+            if piece is None:
+                return
 
 
 class _Splitter:
@@ -102,6 +108,8 @@ class _Splitter:
         self.buffer = bytearray()
         self.position = 0  # of the first byte of the buffer
         self.skip = 0  # bytes of a block that is too long, still to be passed over
+        self.passed: int | None = None  # where such a block begins, until it is seen to end at a record's end
+        self.astray: int | None = None  # where one begins that did not
         self.searching = False
 
     def feed(self, data: bytes, *, final: bool) -> Iterator[_Raw | _Broken]:
@@ -112,6 +120,13 @@ class _Splitter:
                 gone = min(self.skip, len(self.buffer))
                 self.skip -= gone
                 self._drop(gone)
+            elif self.passed is not None:
+                if len(self.buffer) < _BEHIND and not final:
+                    return
+                if not self._record_follows(0):
+                    self.astray = self.passed
+                    return
+                self.passed = None
             elif self.searching:
                 if not self._search(final):
                     return
@@ -121,6 +136,8 @@ class _Splitter:
                     return
                 if found:
                     yield found
+        if final and self.skip:
+            self.astray = self.passed
 
     def _next(self, final: bool) -> _Raw | _Broken | bool | None:
         """A record or what is wrong with it; False after blank lines, None when more bytes are needed."""
@@ -147,19 +164,23 @@ class _Splitter:
         if length > self.limit:
             broken = _Broken(self.position, "warc: record too long", f"{length} bytes")
             self._drop(start)
-            self.skip = length
+            self.skip, self.passed = length, self.position
             return broken
         end = start + length
-        if len(self.buffer) < end + 4 and not final:
+        if len(self.buffer) < end + _BEHIND and not final:
             return None
         if len(self.buffer) < end:
             return self._broken("warc: record cut short", f"{len(self.buffer) - start} of {length} bytes", start)
-        behind = bytes(self.buffer[end : end + 4]).lstrip(b"\r\n")
-        if not _VERSION.startswith(behind):
+        if not self._record_follows(end):
             return self._broken("warc: broken header", f"Content-Length {length} does not end at a record's end", start)
         raw = _Raw(self.position, kind, bytes(self.buffer[: start - 4]), bytes(self.buffer[start:end]))
         self._drop(end)
         return raw
+
+    def _record_follows(self, end: int) -> bool:
+        """Whether what stands behind a block, as far as it is there, is a record's end or the next one's start."""
+        behind = bytes(self.buffer[end : end + _BEHIND])
+        return behind.startswith(b"\r\n\r\n") or _VERSION.startswith(behind.lstrip(b"\r\n")[: len(_VERSION)])
 
     def _broken(self, reason: str, detail: str, search_from: int) -> _Broken:
         broken = _Broken(self.position, reason, detail)
