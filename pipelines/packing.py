@@ -102,15 +102,18 @@ def _best_fit(lengths, order, width):
 
 
 @njit(cache=True, nogil=True)
+def _copy(source, target):
+    for i in range(len(source)):  # of slices, whose places from 0 on are copied many at a time
+        target[i] = source[i]
+
+
+@njit(cache=True, nogil=True)
 def put_ends(ids, starts, end_id, out):
     """Copy texts' ids into ``out``, each followed by ``end_id``."""
-    at = 0
     for text in range(len(starts) - 1):
-        for i in range(starts[text], starts[text + 1]):
-            out[at] = ids[i]
-            at += 1
-        out[at] = end_id
-        at += 1
+        start, stop = starts[text], starts[text + 1]
+        _copy(ids[start:stop], out[start + text : stop + text])
+        out[stop + text] = end_id
 
 
 @njit(cache=True, nogil=True)
@@ -118,9 +121,7 @@ def put_pieces(ids, starts, lengths, paddings, pad_id, out):
     """Copy pieces of ``ids`` into ``out``, each followed by its padding."""
     at = 0
     for piece in range(len(starts)):
-        for i in range(starts[piece], starts[piece] + lengths[piece]):
-            out[at] = ids[i]
-            at += 1
-        for _ in range(paddings[piece]):
-            out[at] = pad_id
-            at += 1
+        behind = at + lengths[piece]
+        _copy(ids[starts[piece] : starts[piece] + lengths[piece]], out[at:behind])
+        at = behind + paddings[piece]
+        out[behind:at] = pad_id

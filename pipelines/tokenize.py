@@ -7,7 +7,6 @@ tokens it has; then, since every document's place is known, every shard is fille
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -29,7 +28,6 @@ from pipelines.tokenizer import Tokenizer
 log = logging.getLogger("ingot")
 
 SPLITS = ("train", "validation")
-_CACHED_BYTES = 1 << 18  # of text encoded at a time: its strings and ids are still in the core's cache when read again
 PACKED_TOGETHER = 1 << 24  # tokens that whole documents are packed from at a time: all of them are in memory
 
 
@@ -40,7 +38,7 @@ class TokenizeSettings:
     validation_share: float = 0.005
     """Share of the documents, chosen by a hash of their id, that is kept for validation."""
     block: int = 4096
-    """Tokens in a row of a shard; training can use any sequence length."""
+    """Tokens in a row of a shard."""
     shard_tokens: int = 67_108_864
     """Tokens in a shard, a multiple of 32 blocks."""
     packing: Literal["concatenate", "whole_documents"] = "concatenate"
@@ -186,20 +184,14 @@ def encode_table(table: pa.Table, encoder: Tokenizer, validation_share: float) -
     from pipelines.packing import put_ends
 
     schema = _encoded_schema(encoder.vocab_size)
-    sizes = pc.binary_length(table["text"]).to_numpy()
-    tokens = np.empty(
-        int(sizes.sum()) + len(sizes), token_dtype(encoder.vocab_size)
-    )  # pages not written take no memory
-    starts = np.zeros(len(sizes) + 1, np.int64)
-    cuts = np.unique(np.searchsorted(np.cumsum(sizes), np.arange(0, max(sizes.sum(), 1), _CACHED_BYTES)))
-    for low, high in itertools.pairwise([*cuts.tolist(), len(sizes)]):
-        ids, ends = encoder.encode_batch(table["text"].slice(low, high - low).to_pylist())
-        starts[low + 1 : high + 1] = starts[low] + ends[1:] + np.arange(1, high - low + 1)
-        put_ends(ids, ends, encoder.eot_id, tokens[starts[low] : starts[high]])
+    ids, starts = encoder.encode_batch(table["text"].to_pylist())
+    tokens = np.empty(len(ids) + table.num_rows, token_dtype(encoder.vocab_size))
+    put_ends(ids, starts, encoder.eot_id, tokens)
+    starts = starts + np.arange(len(starts))
     validation = [is_validation(document, validation_share) for document in table["id"].to_pylist()]
-    column = pa.LargeListArray.from_arrays(pa.array(starts), pa.array(tokens[: starts[-1]]))
+    column = pa.LargeListArray.from_arrays(pa.array(starts), pa.array(tokens))
     kept = [table["id"], table["source"], table["url"], pa.array(validation, pa.bool_()), pa.array(np.diff(starts))]
-    return pa.table([*kept, column], schema=schema), sizes
+    return pa.table([*kept, column], schema=schema), pc.binary_length(table["text"]).to_numpy()
 
 
 def _counts(encoded: pa.Table, sizes: np.ndarray) -> dict[str, int]:

@@ -128,12 +128,11 @@ def test_packed_documents_are_whole_and_all_there(workspace, packed, split):
     assert named <= set(texts)
 
 
-def test_a_table_is_encoded_as_its_texts_are(workspace, monkeypatch):
+def test_a_table_is_encoded_as_its_texts_are(workspace):
     from pipelines import tokenize as module
     from pipelines.tokenizer import Tokenizer
 
     encoder = Tokenizer.load(f"{workspace[0]}/tokenizer")
-    monkeypatch.setattr(module, "_CACHED_BYTES", 20)
     for texts in (["", "ore slag", "", "ingot " * 30, "x", ""], ["", ""], [""]):
         rows = [{"id": str(i), "text": text, "source": "books"} for i, text in enumerate(texts)]
         table, sizes = module.encode_table(to_table(rows), encoder, 0.5)
