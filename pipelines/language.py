@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from pipelines.filters import Applied, Batch, Measure, Verdict
+from pipelines.filters import Applied, Batch, Measure
 
 CHARACTERS = 2000
 """How much of a document is looked at by default."""
@@ -54,16 +54,6 @@ class LanguageFilter:
         ]
         return Applied(measures, columns=columns)
 
-    def judge(self, language: str, score: float) -> Verdict | None:
-        """Why a document of this language and score goes, or None."""
-        if not self.languages:
-            return None
-        if language not in self.languages:
-            return Verdict(f"language: {language}", score, self.min_score)
-        if score < self.min_score:
-            return Verdict("language: unsure", score, self.min_score)
-        return None
-
 
 def identify_batch(column: pa.Array | pa.ChunkedArray, characters: int = CHARACTERS) -> tuple[pa.Array, pa.Array]:
     """The most likely language of each text and its probability, from its first so many characters.
@@ -80,12 +70,6 @@ def identify_batch(column: pa.Array | pa.ChunkedArray, characters: int = CHARACT
     labels, scores = langid.classify(column, characters)
     names = pa.array([*langid.model().labels, "und"], pa.string())
     return names.take(pa.array(np.where(labels < 0, len(names) - 1, labels))), pa.array(scores)
-
-
-def identify(text: str) -> tuple[str, float]:
-    """The most likely language of one text and its probability, see ``identify_batch``."""
-    codes, scores = identify_batch(pa.array([text], pa.large_string()))
-    return codes[0].as_py(), scores[0].as_py()
 
 
 def known_languages() -> list[str]:
