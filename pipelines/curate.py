@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -136,10 +136,12 @@ class _Graph:
         chains = [rules_for(self.settings, source) for source in self.settings.sources]
         plain = [[[name, asdict(rule)] for name, rule in chain.items()] for chain in chains]
         files: dict[str, str] = {}  # that rules read are inputs too
+        if any("quality" in chain for chain in chains):
+            ready = quality.prepare(self.settings.quality, storage.join(self.corpus, "quality-model"))
+            files["quality"] = ready.fingerprint()
         for i, chain in enumerate(chains):
             if "quality" in chain:
-                folder = storage.join(self.corpus, "quality-model")
-                chain["quality"], files[f"{i} quality"] = quality.prepare(chain["quality"], folder)
+                chain["quality"] = replace(chain["quality"], model=ready.model, good=[], bad=[])
             if "url" in chain:
                 files[f"{i} url"] = chain["url"].fingerprint()
         stage = self._stage("filter", {"rules": plain}, files)
@@ -199,8 +201,8 @@ class _Graph:
 
     def mix(self) -> None:
         """Documents of all sources as often as their weights say, shuffled."""
-        weights = {source.label: source.weight for source in self.settings.sources if source.weight != 1}
-        if not (self.settings.mix.enabled or weights):
+        weights = {source.label: source.weight for source in self.settings.sources}
+        if not self.settings.mix.enabled and all(weight == 1 for weight in weights.values()):
             return
         before, manifest = list(self.manifests.items())[-1]
         folder = storage.join(self.corpus, "mix")

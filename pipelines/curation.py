@@ -85,7 +85,10 @@ class CurationSettings:
             )
         if not 0 <= self.set_aside_share <= 1:
             raise ValueError(f"set_aside_share is {self.set_aside_share}; it has to lie between 0 and 1")
+        weights: dict[str, float] = {}
         for source in self.sources:
+            if weights.setdefault(source.label, source.weight) != source.weight:
+                raise ValueError(f"sources: those of the name {source.label} have different weights; name them apart")
             for rule in rules_for(self, source).values():
                 rule.validate()
 
