@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,10 @@ DUPLICATES_SCHEMA = pa.schema([("row", pa.int64()), ("duplicate_of", pa.string()
 """Row within the part, id of the document that is kept in its place, and how similar the two are (0 to 1)."""
 
 PARTITION_BYTES = 128 << 20
-"""About what a partition holds; below it, data is cut up in one task instead of by Ray Data's hash shuffle."""
+"""About what a partition holds."""
+
+PIECES = 1 << 14
+"""Pieces up to which a shuffle is a task for each block and one for each partition, beyond Ray Data's hash shuffle."""
 
 
 def nodes(file: int, rows: np.ndarray) -> np.ndarray:
@@ -72,26 +75,49 @@ def shuffle(data: Dataset, name: str, partitions: int) -> Dataset:
     Args:
         data: materialized, as ``compact`` returns it.
         name: of the column.
-        partitions: blocks; those that stay empty are left out where the data is small.
+        partitions: blocks; those that stay empty are left out, except by Ray Data's hash shuffle.
     """
     if partitions == 1:
         return data.repartition(1)
-    if data.size_bytes() > PARTITION_BYTES:
+    groups = _grouped_blocks(data)
+    if len(groups) * partitions > PIECES:
         return data.repartition(partitions, keys=[name])
-    # The hash shuffle's own worker processes take seconds to start; what fits one partition is cut up at once.
+    # Far fewer seconds than the hash shuffle, whose worker processes have to start; it is made for more pieces.
     import ray
 
-    def cut(*blocks: pa.Table) -> list:
-        table = pa.concat_tables(blocks)
-        where = mix(column(table, name)) % np.uint64(partitions)
-        table = table.take(np.argsort(where, kind="stable"))
-        counts = np.bincount(where.astype(np.int64), minlength=partitions)
-        starts = np.cumsum(counts) - counts
-        slices = [table.slice(start, count) for start, count in zip(starts.tolist(), counts.tolist(), strict=True)]
-        return [counts, *slices]
+    cut = ray.remote(_cut).options(num_returns=partitions + 1)
+    counts, *pieces = zip(*(cut.remote(name, partitions, *group) for group in groups), strict=True)
+    filled = np.stack(ray.get(list(counts))).T > 0
+    parts = [
+        [piece for piece, some in zip(part, rows, strict=True) if some]
+        for part, rows in zip(pieces, filled, strict=True)
+    ]
+    join = ray.remote(lambda *tables: pa.concat_tables(tables))
+    return _from_blocks([part[0] if len(part) == 1 else join.remote(*part) for part in parts if part])
 
-    counts, *blocks = ray.remote(cut).options(num_returns=partitions + 1).remote(*_blocks(data))
-    return _from_blocks([block for block, rows in zip(blocks, ray.get(counts).tolist(), strict=True) if rows])
+
+def _cut(name: str, partitions: int, *blocks: pa.Table) -> list[Any]:
+    """Rows of each partition in order, and the table of each."""
+    table = pa.concat_tables(blocks)
+    where = mix(column(table, name)) % np.uint64(partitions)
+    table = table.take(np.argsort(where, kind="stable"))
+    counts = np.bincount(where.astype(np.int64), minlength=partitions)
+    starts = np.cumsum(counts) - counts
+    return [counts, *(table.slice(i, n) for i, n in zip(starts.tolist(), counts.tolist(), strict=True))]
+
+
+def _grouped_blocks(data: Dataset) -> list[list[Any]]:
+    """Blocks in groups of about the size of a partition."""
+    groups: list[list[Any]] = []
+    size = PARTITION_BYTES
+    for bundle in data.iter_internal_ref_bundles():
+        for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
+            if size + metadata.size_bytes > PARTITION_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(ref)
+            size += metadata.size_bytes
+    return groups
 
 
 def mix(x: np.ndarray) -> np.ndarray:

@@ -137,10 +137,8 @@ def cut_out(
 def _slot(table: np.ndarray, names: np.ndarray, name: int) -> int:
     """Where ``name`` is, or is to be put, in an open-addressing table of indices into ``names``."""
     mask = np.uint64(len(table) - 1)
-    x = np.uint64(name)
-    x ^= x >> np.uint64(32)
-    x *= np.uint64(0xD6E8FEB86659FD93)
-    x ^= x >> np.uint64(32)
+    x = np.uint64(name) * np.uint64(0x9FB21C651E98DF25)  # not the hash that partitions are made by: its bits are fixed
+    x ^= x >> np.uint64(35)
     x &= mask
     while table[x] >= 0 and names[table[x]] != name:
         x = (x + np.uint64(1)) & mask

@@ -171,7 +171,7 @@ def components(edges: int, partitions: list[int]) -> None:
     from pipelines.dedup import collect, column
     from pipelines.dedup.components import connected_components
 
-    print(f"\n{'graph':<34}{'edges':>12}{'scipy':>9}", *(f"{p:>4} part." for p in partitions), "  rooted elsewhere")
+    print(f"\n{'graph':<34}{'edges':>12}{'scipy':>9}", *(f"{p:>4} part." for p in partitions))
     for name, a, b in graphs(edges):
         began = time.perf_counter()
         nodes, roots = by_scipy(a, b)

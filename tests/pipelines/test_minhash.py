@@ -175,7 +175,8 @@ def test_large_groups_and_components_give_the_same_result_as_small_ones(ray_sess
     settings = MinHashDedup(verify="signature", keep="longest")
     find_duplicates(parts, str(tmp_path / "a"), settings, 1)
     expected = read_output(tmp_path / "a")
-    monkeypatch.setattr(pipelines.dedup, "PARTITION_BYTES", 20_000)  # Ray Data's hash shuffle from here on
+    monkeypatch.setattr(pipelines.dedup, "PIECES", 1)  # Ray Data's hash shuffle from here on
+    monkeypatch.setattr(pipelines.dedup, "PARTITION_BYTES", 20_000)
     monkeypatch.setattr(pipelines.dedup.rows, "PARTITION_BYTES", 20_000)
     find_duplicates(parts, str(tmp_path / "b"), settings, 2, limit=8)
     assert read_output(tmp_path / "b") == expected
