@@ -1,6 +1,8 @@
 import logging
 import os
 import random
+import subprocess
+import sys
 import threading
 
 import pyarrow as pa
@@ -216,3 +218,40 @@ def test_an_object_store_behaves_like_a_folder(bucket):
     assert len(storage.list_files(f"{root}/books/[am]*.txt")) == 1
     storage.delete(root)
     assert not storage.exists(root)
+
+
+@pytest.fixture
+def google(monkeypatch):
+    """A Google Cloud Storage of our own that throttles every twelfth request."""
+    program = [sys.executable, os.path.join(os.path.dirname(__file__), "google_storage.py")]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server:
+        port = server.stdout.readline().strip()
+        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")
+        yield "gs://bucket/project"
+        server.terminate()
+
+
+def test_google_s_object_store_behaves_like_a_folder_and_is_waited_for(google):
+    names = ["a.txt", "100%25 é.txt", "deep/a?b#c.txt"]
+    for name in names:
+        storage.write_bytes(f"{google}/{name}", name.encode() * 100_000)
+    assert sorted(f.uri for f in storage.list_files(google)) == sorted(f"{google}/{name}" for name in names)
+    assert [f.uri for f in storage.list_files(f"{google}/**/a?b*.txt")] == [f"{google}/deep/a?b#c.txt"]
+    for name in names:
+        assert storage.read_bytes(f"{google}/{name}") == name.encode() * 100_000
+
+    def killed_in_between():
+        with storage.open_output(f"{google}/a.txt") as out:
+            out.write(b"half of")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        killed_in_between()
+    assert storage.read_bytes(f"{google}/a.txt").startswith(b"a.txta.txt")
+    with storage.parquet_writer(f"{google}/part.parquet", pa.schema([("n", pa.int64())])) as writer:
+        writer.write_table(pa.table({"n": [1, 2, 3]}))
+    assert storage.open_parquet(f"{google}/part.parquet").read()["n"].to_pylist() == [1, 2, 3]
+    storage.delete(f"{google}/a.txt")
+    assert not storage.exists(f"{google}/a.txt")
+    storage.delete(google)
+    assert not storage.exists(google)
