@@ -28,6 +28,7 @@ from pipelines.tokenizer import Tokenizer
 log = logging.getLogger("ingot")
 
 SPLITS = ("train", "validation")
+ENCODED_TOGETHER = 256  # documents: few enough that strings and ids stay in the core's caches
 PACKED_TOGETHER = 1 << 24  # tokens that whole documents are packed from at a time: all of them are in memory
 
 
@@ -161,7 +162,8 @@ def _encode(
     encoder = _tokenizer(tokenizer, made)
     window: list[pa.Table] = []
     n_window = 0
-    for number, table in enumerate(read_part(part, columns=["id", "text", "source", "url"])):
+    columns = ["id", "text", "source", "url"]
+    for number, table in enumerate(read_part(part, rows=ENCODED_TOGETHER, columns=columns)):
         if number == 0:
             encoder.check_batch([text[:2000] for text in table["text"].slice(0, 16).to_pylist()])
         encoded, sizes = encode_table(table, encoder, validation_share)

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from pipelines.documents import SCHEMA, document_id, to_table
 from pipelines.pretokens import gpt4_pattern, pre_tokenizer
-from pipelines.tokenize import encode_table
+from pipelines.tokenize import ENCODED_TOGETHER, encode_table
 from pipelines.tokenizer import Tokenizer, TokenizerSettings, train_on_texts
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -96,15 +96,17 @@ def libraries(tokenizer: Tokenizer, pattern: str) -> dict[str, Callable[[list[st
 
     for make in tiktoken, riptoken, kitoken, splintr, snaptokens, gigatoken, fastokens:
         add(make.__name__, make)
-    found[FROM_ARROW] = found["fastokens"]
+    found[FROM_ARROW] = fastokens()  # with a cache of its own
     return found
 
 
-def blocks_of(path: str, n: int) -> list[pa.Table]:
-    """The documents in ``n`` tables of like content."""
+def blocks_of(path: str, limit: int) -> list[pa.Table]:
+    """Documents from all over a file, ``limit`` at most, in tables as the encode stage reads them."""
     with open(path, encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
+    texts = texts[:: -(-len(texts) // limit)]
     rows = [{"id": document_id("bench", path, i), "text": text, "source": "bench"} for i, text in enumerate(texts)]
+    n = -(-len(rows) // ENCODED_TOGETHER)
     return [to_table(rows[i::n], SCHEMA) for i in range(n)]
 
 
@@ -215,13 +217,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", required=True, help="folder with documents.jsonl, as corpus.py makes it")
     parser.add_argument("--vocab_size", type=int, default=32768)
-    parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--documents", type=int, default=8192, help="at most")
     given = parser.parse_args()
     for variable in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
         os.environ[variable] = "1"
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    blocks = blocks_of(os.path.join(given.corpus, "documents.jsonl"), given.blocks)
+    blocks = blocks_of(os.path.join(given.corpus, "documents.jsonl"), given.documents)
     for kind in ("gpt4", "gpt2"):
         report(kind, blocks, given.vocab_size)
 

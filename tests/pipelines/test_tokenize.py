@@ -151,7 +151,7 @@ def test_packing_in_windows_loses_nothing(workspace, monkeypatch):
 
     root, corpus, manifest = workspace
     monkeypatch.setattr(module, "PACKED_TOGETHER", 300)
-    monkeypatch.setattr(module, "read_part", lambda uri, columns: read_part(uri, rows=4, columns=columns))
+    monkeypatch.setattr(module, "ENCODED_TOGETHER", 4)
     uri = part_uris(corpus, manifest)[0]
     made = storage.read_json(f"{root}/tokenizer/manifest.json")["fingerprint"]
     outputs = list(module._encode(uri, f"{root}/tokenizer", made, 0.2, 48))
