@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipelines import storage
-from pipelines.documents import InputError
+from pipelines.documents import InputError, original_id
 from pipelines.progress import Progress
 from pipelines.shards import DOCUMENTS_SCHEMA, shard_name, token_dtype, write_shard
 from pipelines.stage import Output, Stage, Unit, for_each, part_uris, read_part, run_stage
@@ -148,8 +148,8 @@ def _tokenizer(folder: str, made: str) -> Tokenizer:
 
 
 def is_validation(document: str, share: float) -> bool:
-    """Whether the document with this id belongs to the validation split."""
-    return xxhash.xxh32_intdigest(f"split\0{document}".encode()) < share * 2**32
+    """Whether the document with this id belongs to the validation split; copies of one document lie in the same."""
+    return xxhash.xxh32_intdigest(f"split\0{original_id(document)}".encode()) < share * 2**32
 
 
 def _encode(
