@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -82,30 +83,38 @@ def main() -> None:
             compare("HTML extraction", "pages/s", pages(args.corpus, args.pages), peer, "extract", "pages", our_pages)
         elif stage == "rules":
             texts = documents(args.corpus, args.documents)
-            compare("rules", "MB/s", texts, peer, "rules", "texts", our_rules)
+            compare("rules", "MB/s", texts, peer, "rules", "texts", our_rules, tables)
         elif stage == "minhash":
             texts = [" ".join(text.split()[:1000]) for text in documents(args.corpus, 20 * args.documents)]
             texts = [text for text in texts if text.count(" ") >= 999][: args.documents]
-            compare("MinHash, 1,000 words", "docs/s", texts, peer, "minhash", "texts", our_minhash)
+            compare("MinHash, 1,000 words", "docs/s", texts, peer, "minhash", "texts", our_minhash, tables)
         else:
             parser.error(f"--stages {stage}: not one of rules, minhash, extract, whole")
     peer.close()
 
 
 def compare(
-    name: str, unit: str, items: list[str], peer: Peer, stage: str, argument: str, ours: Callable[[list[str]], None]
+    name: str,
+    unit: str,
+    items: list[str],
+    peer: Peer,
+    stage: str,
+    argument: str,
+    ours: Callable[[Any], None],
+    prepare: Callable[[list[str]], Any] = list,
 ) -> None:
     """Both over slices of the items in turn; print speeds and the median ratio."""
     if not items:
         print(f"{name:<22}  nothing of this kind in the corpus")
         return
-    ours(items[: len(items) // SLICES])  # compiles
+    ours(prepare(items[: len(items) // SLICES]))  # compiles
     seconds: list[tuple[float, float]] = []
     for number in range(SLICES):
         part = items[number::SLICES]
         theirs = peer.ask(stage, **{argument: part})["seconds"]
+        mine = prepare(part)  # as the stage before leaves it; the peer, too, is timed without reading
         began = cpu_seconds()
-        ours(part)
+        ours(mine)
         seconds.append((theirs, cpu_seconds() - began))
     work = len(items) if unit != "MB/s" else sum(len(item.encode()) for item in items) / 1e6
     theirs, mine = (sum(column) for column in zip(*seconds, strict=True))
@@ -117,10 +126,11 @@ def compare(
 
 def cpu_seconds() -> float:
     """Of this process and of those it has waited for, such as the one that pages are parsed in."""
-    return sum(os.times()[:4])
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def our_rules(texts: list[str]) -> None:
+def our_rules(batches: list[pa.Table]) -> None:
     """The chain of the filter stage, batch by batch."""
     from pipelines.filters.c4 import C4
     from pipelines.filters.chain import filter_table
@@ -128,16 +138,16 @@ def our_rules(texts: list[str]) -> None:
     from pipelines.filters.gopher import GopherQuality, GopherRepetition
 
     chain = [GopherRepetition(), GopherQuality(), C4(terminal_punctuation=False), FineWeb()]
-    for batch in batches(texts):
+    for batch in batches:
         filter_table(batch, chain)
 
 
-def our_minhash(texts: list[str]) -> None:
+def our_minhash(batches: list[pa.Table]) -> None:
     """Shingles and signatures, as many values as datatrove's."""
     from pipelines.dedup.minhash import signatures
     from pipelines.words import shingles
 
-    for batch in batches(texts):
+    for batch in batches:
         signatures(*shingles(batch["text"], 5), 112, 1)
 
 
@@ -202,10 +212,12 @@ def pages(corpus: str, limit: int) -> list[str]:
     return found
 
 
-def batches(texts: list[str]) -> Iterator[pa.Table]:
+def tables(texts: list[str]) -> list[pa.Table]:
     """Documents as the stages read them."""
-    for start in range(0, len(texts), BATCH):
-        yield to_table({"id": str(start + i), "text": text} for i, text in enumerate(texts[start : start + BATCH]))
+    return [
+        to_table({"id": str(start + i), "text": text} for i, text in enumerate(texts[start : start + BATCH]))
+        for start in range(0, len(texts), BATCH)
+    ]
 
 
 def split(corpus: str, folder: str, files: int, limit: int | None) -> int:
