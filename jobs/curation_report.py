@@ -6,7 +6,7 @@ import html
 import json
 import math
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
@@ -41,7 +41,7 @@ def build_report(corpus: str) -> str:
         _histograms(manifests),
         _kept_samples(corpus, manifests),
         *(_dropped_samples(corpus, name, manifest) for name, manifest in manifests.items()),
-        _clusters(corpus),
+        _clusters(corpus, manifests),
         folded(
             "Settings",
             "".join(
@@ -228,7 +228,10 @@ def _tick_spots(first: int, last: int, scale: str, step: int, zero: int) -> Iter
 
 def _kept_samples(corpus: str, manifests: dict[str, dict[str, Any]]) -> str:
     name, manifest = list(manifests.items())[-1]
-    rows = _first_rows(part_uris(storage.join(corpus, name), manifest), ["id", "text", "url", "path", "source"])
+    uris: dict[Any, list[str]] = {}
+    for part, uri in zip(manifest["parts"], part_uris(storage.join(corpus, name), manifest), strict=True):
+        uris.setdefault(part.get("source"), []).append(uri)
+    rows = chain(*(_first_rows(found, ["id", "text", "url", "path", "source"]) for found in uris.values()))
     told = _by_group(rows, "source")
     parts = [folded(f"{source}", "".join(map(_sample, found))) for source, found in sorted(told.items())]
     return f"<section><h2>Samples of what was kept</h2>{''.join(parts)}</section>" if parts else ""
@@ -285,12 +288,12 @@ def _sample(row: dict[str, Any]) -> str:
     return f"<blockquote><b>{html.escape(where + why)}</b>\n{html.escape(text + more)}</blockquote>"
 
 
-def _clusters(corpus: str) -> str:
+def _clusters(corpus: str, manifests: dict[str, dict[str, Any]]) -> str:
     """The largest sets of duplicates that each search found, with some of their members."""
     parts = []
     for name in ("exact", "near"):
         uri = storage.join(corpus, name, published.FOLDER, clusters.REPORT)
-        if not storage.exists(uri):
+        if name not in manifests or not storage.exists(uri):
             continue
         found = storage.read_json(uri)
         sizes = sorted(found["sizes"].items(), key=lambda item: int(item[0]))

@@ -19,7 +19,7 @@ import xxhash
 
 from pipelines import sources, storage
 from pipelines.curation import CurationSettings, rules_for
-from pipelines.decontaminate import Decontaminator
+from pipelines.decontaminate import Decontaminator, ngram_table
 from pipelines.decontaminate import prepare as prepare_ngrams
 from pipelines.dedup import exact, lines, minhash, published
 from pipelines.documents import BadRecord, set_aside_bad_records, to_table
@@ -45,6 +45,7 @@ log = logging.getLogger("ingot")
 STAGES = ("extract", "filter", "exact", "lines", "near", "clean", "mix")
 """All stages, in order; those that the settings switch off are left out."""
 
+_NOT_READ = ("rules", "settings", "weight", "delay")  # of a source: they do not change what it gives
 _SEARCH = "_search"  # folder of what a stage looked for in all parts before it goes through them
 
 _BATCH_DOCUMENTS = 512
@@ -87,6 +88,7 @@ def curate(corpus: str, settings: CurationSettings) -> dict[str, dict[str, Any]]
         FileNotFoundError: a source's path has no files.
     """
     graph = _Graph(corpus, settings)
+    graph.look_for_files()
     graph.extract()
     graph.filter()
     graph.dedup("exact", exact, settings.exact)
@@ -104,12 +106,24 @@ class _Graph:
         self.corpus, self.settings = corpus, settings
         self.manifests: dict[str, dict[str, Any]] = {}
 
+    def look_for_files(self) -> None:
+        """Raise what is wrong with the files that later stages read before hours are spent on the first."""
+        for source in self.settings.sources:
+            if (rules := rules_for(self.settings, source).get("url")) is not None:
+                rules.fingerprint()
+        for name, settings in (("exact", self.settings.exact), ("near", self.settings.near)):
+            if settings.enabled:
+                published.set_files(settings.against, settings.scheme())
+                published.refuse_own(settings.against, name, storage.join(self.corpus, name, published.FOLDER))
+        if self.settings.decontaminate.enabled and self.settings.decontaminate.sets:
+            ngram_table(self.settings.decontaminate)
+
     def extract(self) -> None:
         """Sources to documents."""
         units = sources.discover(self.settings.sources)
         listing = json.dumps([[unit.name, unit.files, unit.bytes, unit.changed] for unit in units])
         plain = [asdict(source) for source in self.settings.sources]
-        reading = [{k: v for k, v in source.items() if k not in ("rules", "settings", "weight")} for source in plain]
+        reading = [{k: v for k, v in source.items() if k not in _NOT_READ} for source in plain]
         stage = Stage(
             "extract",
             storage.join(self.corpus, "extract"),
@@ -124,7 +138,7 @@ class _Graph:
             Unit(
                 f"part-{i:05d}",
                 {"unit": unit, "settings": self.settings.extract},
-                {"kind": unit.source.kind, "source": self.settings.sources.index(unit.source)},
+                {"source": self.settings.sources.index(unit.source)},
                 unit.bytes * (_EXPANSION if unit.files[0].endswith((".gz", ".zst")) else 1),
             )
             for i, unit in enumerate(units)
@@ -243,7 +257,7 @@ class _Graph:
                 Unit(
                     part["file"].removesuffix(".parquet"),
                     {"part": uri, **arguments(part)},
-                    {"kind": part["kind"], "source": part["source"]},
+                    {"source": part["source"]},
                     part["bytes"],
                 )
                 for part, uri in zip(before["parts"], uris, strict=True)

@@ -24,6 +24,7 @@ from pipelines.sources import Source
 RULES = ("url", "language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "code", "quality")
 """The rule sets of the filter stage by the names of their settings."""
 
+_QUALITY_OF_A_SOURCE = ("threshold", "pareto", "seed", "store_score")
 _PROSE = ("language", "gopher_repetition", "gopher_quality", "quality")
 _WEB = ("url", "language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "quality")  # as FineWeb's
 _KIND_RULES = {"warc": _WEB, "wet": _WEB, "common-crawl": _WEB, "code": ("code",)}
@@ -107,8 +108,35 @@ def rules_for(settings: CurationSettings, source: Source) -> dict[str, Any]:
     rules = {name: getattr(settings, name) for name in names}
     for key, value in {**_KIND_SETTINGS.get(source.kind, {}), **source.settings}.items():
         name, _, threshold = key.partition(".")
+        where = f"settings of the source {source.label}: {key}"
         if name not in RULES or threshold not in {f.name for f in dataclasses.fields(getattr(settings, name))}:
-            raise ValueError(f"settings of the source {source.label}: {key} is not a setting of a rule set")
+            raise ValueError(f"{where} is not a setting of a rule set")
+        if name == "quality" and threshold not in _QUALITY_OF_A_SOURCE:
+            raise ValueError(f"{where} is about the model, which all sources share; set it for all")
         if name in rules:
-            rules[name] = dataclasses.replace(rules[name], **{threshold: value})
+            now = getattr(rules[name], threshold)
+            rules[name] = dataclasses.replace(rules[name], **{threshold: _as(now, value, where)})
+        elif key in source.settings:
+            raise ValueError(f"{where} is of a rule set that the source is not asked by; name it in its rules")
     return {name: rule for name, rule in rules.items() if rule.enabled}
+
+
+def _as(now: Any, value: Any, where: str) -> Any:
+    """A value given for one source, as the type of what it replaces: YAML reads 1e6 and the keys of JSON as text."""
+    try:
+        if isinstance(now, bool) or value is None:
+            fits = isinstance(value, bool) or value is None
+        elif isinstance(now, int | float):
+            value = float(value)
+            value = int(value) if isinstance(now, int) and value.is_integer() else value
+            fits = isinstance(value, int) or isinstance(now, float)
+        elif isinstance(now, dict):
+            kind = type(next(iter(now), ""))
+            value, fits = {kind(key): inner for key, inner in value.items()}, True
+        else:
+            fits = now is None or isinstance(value, type(now))
+    except (TypeError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{where} is {value!r}, must be of the kind of {now!r}")
+    return value

@@ -90,7 +90,7 @@ def mix(
     else:
         units, work = [], _weigh
         for i, part in enumerate(manifest["parts"]):
-            labels = {name: part[name] for name in ("kind", "source") if name in part}
+            labels = {name: part[name] for name in ("source",) if name in part}
             arguments = {"part": inputs.files[i], "seed": settings.seed, "weights": weights}
             units.append(Unit(f"part-{i:05d}", arguments, labels, part["bytes"]))
     before = {

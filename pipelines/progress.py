@@ -44,7 +44,9 @@ class Progress:
             log.info("%s: %d of %d units, %s%s", self.name, done, self.total, self._rate(now), told)
 
     def seconds_left(self, now: float) -> float | None:
-        """Seconds until all units are done, None before anything is."""
+        """Seconds until all units are done, None before anything is, or while nothing tells how much there is."""
+        if not self.finished and sum(size for _, size in self.running.values()) > sum(self.sizes.values()):
+            return None
         expected = sum(self.sizes[unit] for unit in self.finished)
         read = sum(size for _, size in self.finished.values())
         scale = read / expected if read else 1.0

@@ -8,9 +8,9 @@ so that a second run redoes nothing and a changed setting redoes the stage.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -30,6 +30,8 @@ log = logging.getLogger("ingot")
 MANIFEST = "manifest.json"
 _RECEIPTS = "_receipts"
 _UNFINISHED = "_unfinished.json"
+_IN_FLIGHT = 2000  # units whose tasks are waiting or running: enough to make a cluster grow
+_TELL_EVERY = 32_000_000  # bytes read between two words of a unit's progress
 
 
 class Output(NamedTuple):
@@ -122,6 +124,8 @@ class Stage:
         marker = storage.join(self.folder, _UNFINISHED)
         same = storage.exists(marker) and storage.read_json(marker) == self.fingerprint
         if not same:
+            if storage.exists(marker):
+                log.warning("%s: an unfinished run with other settings or inputs is deleted", self.name)
             # The manifest goes first: a kill in the middle must not leave one that vouches for parts that are gone.
             storage.delete(storage.join(self.folder, MANIFEST))
             storage.delete(self.folder)
@@ -206,7 +210,7 @@ def run_stage(
     Args:
         stage: folder, settings and inputs.
         units: the stage's input in order; the manifest lists the parts in the same order.
-        work: called in a Ray Data task as ``work(**unit.arguments)``; yields Output batches in order.
+        work: called in a Ray task as ``work(**unit.arguments)``; yields Output batches in order.
         schema: of the parts.
         set_aside_share: share of the set-aside rows that is stored; the counts are always those of all.
         extra: further entries of the manifest.
@@ -258,30 +262,37 @@ def run_stage(
 def for_each(
     units: list[Unit], task: Callable[[Unit], dict[str, Any] | Iterator[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
-    """Run ``task`` for every unit on Ray Data, one task a unit, and yield its results as they come.
+    """Run ``task`` for every unit, one Ray task a unit, and yield its results as they come.
 
     A task that is a generator gives several; what it yields before its end comes while it still runs. It has to yield
-    the same when it is repeated, since Ray passes over those that came before a worker was lost.
+    the same when it is repeated, since Ray passes over those that came before a worker was lost. Units are tasks of
+    their own rather than rows of a data set: they read and write files, so that there is nothing to stream between
+    operators, and a stage of a data set takes a second to start and a core to watch over.
     """
     if not units:
         return
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    items = [{"unit": pickle.dumps(unit)} for unit in units]
+    def run(unit: Unit) -> Iterator[dict[str, Any]]:
+        result = task(unit)
+        for state in [result] if isinstance(result, dict) else result:  # noqa: UP028
+            yield state  # Ray sends into the generator, which the iterator of a list does not take
 
-    def run(batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
-        result = task(pickle.loads(batch["unit"][0]))  # noqa: S301 (written above)
-        for state in [result] if isinstance(result, dict) else result:
-            yield {"result": [json.dumps(state).encode()]}
-
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False  # Progress tells more
-    context.target_max_block_size = 1  # every result is a block, which comes at once
-    with ray.data.DataContext.current(context):
-        data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(run, batch_size=1)
-        for row in data.iter_rows():
-            yield json.loads(row["result"])
+    remote = ray.remote(num_cpus=1, max_retries=-1)(run).options(num_returns="streaming")
+    waiting = iter(units)
+    running = {}
+    for unit in itertools.islice(waiting, _IN_FLIGHT):
+        generator = remote.remote(unit)
+        running[generator] = unit
+    while running:
+        ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+        for generator in ready:
+            try:
+                yield ray.get(next(generator))
+            except StopIteration:
+                del running[generator]
+                for unit in itertools.islice(waiting, 1):
+                    running[remote.remote(unit)] = unit
 
 
 class _Task:
@@ -294,6 +305,7 @@ class _Task:
         file = f"{unit.name}.parquet"
         total: dict[str, Any] = {"documents": 0, "bytes": 0, "documents_in": 0, "bytes_in": 0}
         total |= {"set_aside": {}, "counts": {}, "statistics": {}}
+        told = 0
         with (
             storage.parquet_writer(storage.join(self.folder, file), self.schema) as kept,
             _lazy_writer(storage.join(self.folder, "set-aside", file)) as aside,
@@ -304,7 +316,9 @@ class _Task:
                     kept.write_table(output.kept)
                 if output.set_aside is not None and output.set_aside.num_rows:
                     aside(_sample(output.set_aside, self.share))
-                yield {"name": unit.name, "documents_in": total["documents_in"], "bytes_in": total["bytes_in"]}
+                if total["bytes_in"] - told >= _TELL_EVERY:  # by what was read, not by time: see for_each
+                    told = total["bytes_in"]
+                    yield {"name": unit.name, "documents_in": total["documents_in"], "bytes_in": told}
         receipt = {"name": unit.name, "file": file, "labels": unit.labels, **total}
         storage.write_json(storage.join(self.folder, _RECEIPTS, f"{unit.name}.json"), receipt)
         yield receipt
@@ -349,9 +363,7 @@ def _reasons(table: pa.Table) -> dict[str, dict[str, int]]:
     sizes = pc.fill_null(pc.binary_length(table["text"]), 0)
     plain = pa.table({"reason": table["reason"], "bytes": sizes})
     grouped = plain.group_by("reason").aggregate([("bytes", "sum"), ("bytes", "count")])
-    return {
-        row["reason"]: {"documents": row["bytes_count"], "bytes": row["bytes_sum"]} for row in grouped.to_pylist()
-    }
+    return {row["reason"]: {"documents": row["bytes_count"], "bytes": row["bytes_sum"]} for row in grouped.to_pylist()}
 
 
 def _sample(table: pa.Table, share: float) -> pa.Table:

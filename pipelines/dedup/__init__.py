@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
+from pipelines.documents import InputError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -43,25 +44,34 @@ def part_names(parts: list[str]) -> list[str]:
     """File names of the parts.
 
     Raises:
-        ValueError: two parts have the same name, so that their duplicates would be written to one file.
+        InputError: two parts have the same name, so that their duplicates would be written to one file.
     """
     names = [storage.file_name(part) for part in parts]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two parts are called {twice}; parts of one corpus need different file names")
+        raise InputError(f"two parts are called {twice}; parts of one corpus need different file names")
     return names
 
 
 def for_parts(parts: list[str], work: Callable[[int, str], Iterator[pa.Table]]) -> Dataset:
-    """What ``work(part index, part)`` yields, one task a part."""
+    """What ``work(part index, part)`` yields, one task a part, in blocks of about the size of a partition."""
     import ray
 
-    def run(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        for index, part in zip(batch["index"].tolist(), batch["part"].tolist(), strict=True):
-            yield from work(index, part)
+    def run(index: int, part: str) -> Iterator[pa.Table]:
+        held: list[pa.Table] = []
+        size = 0
+        for table in work(index, part):
+            held.append(table)
+            size += table.nbytes
+            if size >= PARTITION_BYTES:
+                yield pa.concat_tables(held)
+                held, size = [], 0
+        if size:
+            yield pa.concat_tables(held)
 
-    items = [{"index": index, "part": part} for index, part in enumerate(parts)]
-    return compact(ray.data.from_items(items, override_num_blocks=max(1, len(items))).map_batches(run, batch_size=1))
+    remote = ray.remote(run).options(num_returns="streaming", max_retries=-1)
+    running = [remote.remote(index, part) for index, part in enumerate(parts)]
+    return _from_blocks([block for blocks in running for block in blocks])
 
 
 def map_blocks(data: Dataset, function: Callable[[pa.Table], pa.Table | Iterator[pa.Table]]) -> Dataset:

@@ -18,7 +18,8 @@ import pyarrow as pa
 import xxhash
 
 from pipelines import storage
-from pipelines.dedup import collect, for_parts, keep
+from pipelines.dedup import collect, column, for_parts, keep
+from pipelines.documents import InputError
 from pipelines.stage import read_part
 
 FOLDER = "fingerprints"
@@ -84,7 +85,8 @@ def fingerprints(
     """Ranks and fingerprints of a part's documents, in order and batch by batch.
 
     They are read from the part's file of fingerprints if that was made of the same part in the same way, else made
-    and written there, with the ids.
+    and written there, with the ids. The batches are the same either way, since a task that Ray repeats has to yield
+    what it yielded before.
 
     Args:
         part: URI of a corpus part.
@@ -99,9 +101,8 @@ def fingerprints(
         [scheme.settings, policy],
     )
     if is_current(uri, schema):
-        with storage.open_parquet(uri) as file:
-            for batch in file.iter_batches(columns=["rank", "fingerprint"], batch_size=8192):
-                yield batch["rank"].to_numpy(), batch["fingerprint"]
+        for table in read_part(uri, _ROWS, ["rank", "fingerprint"]):  # a row group is a batch that was made
+            yield column(table, "rank"), table["fingerprint"].combine_chunks()
         return
     with storage.parquet_writer(uri, schema, compression="none") as out:
         for batch in read_part(part, _ROWS, ["id", "text", *keep.columns(policy[0])]):
@@ -125,14 +126,14 @@ def set_files(against: list[str], scheme: Scheme) -> list[str]:
         scheme: which theirs has to be.
 
     Raises:
-        ValueError: a folder holds no set, or one whose fingerprints were made in another way.
+        InputError: a folder holds no set, or one whose fingerprints were made in another way.
     """
     files = []
     for entry in against:
         folder, found = _open_set(entry, scheme.kind)
         for name, value in scheme.settings.items():
             if found["settings"].get(name) != value:
-                raise ValueError(
+                raise InputError(
                     f"against: {entry}: its fingerprints were made with {name} {found['settings'].get(name)}, "
                     f"this search has {value}; they cannot be compared. Use the settings of that set, or leave it out"
                 )
@@ -151,13 +152,28 @@ def _open_set(entry: str, kind: str) -> tuple[str, dict[str, Any]]:
         if storage.exists(where):
             found = storage.read_json(where)
             if found["kind"] != kind:
-                raise ValueError(
+                raise InputError(
                     f"against: {entry} holds {found['kind']} fingerprints, the {kind} search needs its own"
                 )
             return folder, found
-    raise ValueError(
+    raise InputError(
         f"against: {entry} is neither a folder with a published {_SET} nor a corpus with {kind}/{FOLDER}/{_SET}"
     )
+
+
+def refuse_own(against: list[str], kind: str, folder: str) -> None:
+    """Make sure that a corpus is not compared with its own set, which it is about to replace.
+
+    Args:
+        against: folders of sets, or of corpora that have one.
+        kind: of dedup stage, ``exact`` or ``near``.
+        folder: where the corpus publishes its set.
+
+    Raises:
+        InputError: an entry stands for that folder, or holds no set of the kind.
+    """
+    if any(storage.absolute(_open_set(entry, kind)[0]) == storage.absolute(folder) for entry in against):
+        raise InputError(f"against: {folder} is where this corpus publishes its own fingerprints")
 
 
 def publish(
@@ -175,20 +191,19 @@ def publish(
         against: the folders that the search compared with.
 
     Raises:
-        ValueError: the folder is one that the corpus was compared with.
+        InputError: the folder is one that the corpus was compared with.
     """
-    if any(storage.absolute(_open_set(entry, scheme.kind)[0]) == storage.absolute(folder) for entry in against):
-        raise ValueError(f"against: {folder} is where this corpus publishes its own fingerprints")
+    refuse_own(against, scheme.kind, folder)
     storage.delete(folder)
     schema = pa.schema([("id", pa.string()), ("fingerprint", pa.binary(scheme.width))])
 
     def write(index: int, uri: str) -> Iterator[pa.Table]:
         name = storage.file_name(uri)
-        gone: dict[int, str] = {}
+        gone, stays = np.empty(0, np.int64), []
         if storage.exists(storage.join(duplicates, name)):
             with storage.open_parquet(storage.join(duplicates, name)) as listed:
-                table = listed.read(["row", "duplicate_of"])
-            gone = dict(zip(table["row"].to_pylist(), table["duplicate_of"].to_pylist(), strict=True))
+                table = listed.read(["row", "duplicate_of"]).sort_by("row")
+            gone, stays = column(table, "row"), table["duplicate_of"].to_pylist()
         content, row = xxhash.xxh3_128(), 0
         with (
             storage.open_parquet(uri) as file,
@@ -196,9 +211,10 @@ def publish(
         ):
             for batch in file.iter_batches(columns=["id", "fingerprint"], batch_size=8192):
                 ids = batch["id"].to_pylist()
-                at = [i - row for i in gone if row <= i < row + len(ids)]
-                for i in at:
-                    ids[i] = gone[row + i]
+                low, high = np.searchsorted(gone, (row, row + len(ids)))
+                at = gone[low:high] - row
+                for i, other in zip(at.tolist(), stays[low:high], strict=True):
+                    ids[i] = other
                 row += len(ids)
                 table = pa.table([pa.array(ids, pa.string()), batch["fingerprint"]], schema)
                 if not dropped:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines import statistics
 from pipelines.documents import SCHEMA, SET_ASIDE_SCHEMA
@@ -57,6 +58,11 @@ def filter_table(table: pa.Table, chain: list[Any]) -> Output:
             text = None if text is None else text.filter(pa.array(mask))
         if text is not None:
             batch = batch.with_text(text)
+            blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(batch.table["text"])), 0)
+            if pc.any(blank).as_py():
+                gone = batch.table.filter(blank)
+                aside.append(set_aside(gone, [Verdict("empty: nothing left", 0.0, 1.0)] * gone.num_rows))
+                batch = batch.filter(~blank.to_numpy(zero_copy_only=False))
     dropped = pa.concat_tables(aside) if aside else None
     return Output(batch.table, dropped, table.num_rows, text_bytes(table), counts, {"measures": measured})
 

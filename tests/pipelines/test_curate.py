@@ -80,7 +80,7 @@ def test_each_source_has_its_own_rules_order_and_thresholds(tmp_path):
         kind="jsonl",
         path="x",
         rules=["gopher_quality", "language"],
-        settings={"gopher_quality.min_words": 7, "gopher_repetition.enabled": False},
+        settings={"gopher_quality.min_words": "7e0"},  # as YAML reads such numbers
     )
     rules = rules_for(base, own)
     assert list(rules) == ["gopher_quality", "language"]
@@ -97,6 +97,9 @@ def test_each_source_has_its_own_rules_order_and_thresholds(tmp_path):
         ({"rules": ["gofer"]}, "rules of the source jsonl: gofer not known; there are "),
         ({"settings": {"gopher_quality.min_wordz": 1}}, "gopher_quality.min_wordz is not a setting of a rule set"),
         ({"settings": {"gopher_quality.min_words": 200_000}}, "min_words is 200000"),
+        ({"settings": {"gopher_quality.min_words": "many"}}, "gopher_quality.min_words is 'many', must be of the kind"),
+        ({"settings": {"c4.min_words": 1}}, "c4.min_words is of a rule set that the source is not asked by"),
+        ({"settings": {"quality.model": "m"}}, "quality.model is about the model, which all sources share"),
     ],
 )
 def test_a_source_whose_rules_cannot_work_is_refused(source, message):

@@ -38,7 +38,7 @@ def write(part):
 def corpus(folder, rows, parts):
     """A finished stage with the rows dealt out to so many parts."""
     stage = Stage("near", str(folder), {"parts": parts}, {})
-    units = [Unit(f"part-{i:05d}", {"part": rows[i::parts]}, {"kind": "jsonl", "source": 0}) for i in range(parts)]
+    units = [Unit(f"part-{i:05d}", {"part": rows[i::parts]}, {"source": 0}) for i in range(parts)]
     return stage.folder, run_stage(stage, units, write)
 
 
@@ -117,7 +117,7 @@ def test_weights_repeat_and_thin_out_by_a_hash_of_the_id(tmp_path):
     inputs = [row["id"] for row in read(before, manifest)]
     originals = [original_id(row["id"]) for row in out]
     assert originals == sorted(originals, key={i: n for n, i in enumerate(inputs)}.get)
-    assert [part["kind"] for part in done["parts"]] == ["jsonl", "jsonl"]
+    assert [part["source"] for part in done["parts"]] == [0, 0]
 
 
 def test_another_seed_chooses_and_orders_anew_and_a_larger_weight_only_adds():
