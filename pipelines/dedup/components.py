@@ -31,7 +31,7 @@ def connected_components(edges: Dataset, partitions: int | None = None, limit: i
     Args:
         edges: columns a and b, int64, not negative, undirected; repeated edges and loops do no harm.
         partitions: into how many the graph is cut; by default one for each 128 MB of edges.
-        limit: neighbours of one node that a partition may hold, up to a factor of two.
+        limit: neighbours of one node that a partition may hold.
 
     Returns:
         Columns node and root, int64; one row for each node that is not itself the smallest of its component.

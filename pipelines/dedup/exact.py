@@ -59,7 +59,7 @@ def find_duplicates(
         settings: what counts as the same.
         partitions: blocks to shuffle into; by default one for each 128 MB of hashes.
         publish: folder for the hashes of the documents that stay, as a set for ``against``.
-        limit: documents of the same text that a partition may hold, up to a factor of two.
+        limit: documents of the same text that a partition may hold.
 
     Returns:
         How many documents are to be dropped.

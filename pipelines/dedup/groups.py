@@ -1,7 +1,7 @@
 """Rows that have a value in common, brought together partition by partition.
 
 A value shared by more rows than a partition should hold is *heavy*. Such values are found by counting and are few (of n
-rows at most n / limit values are), so that they can be told to every block, whose rows then need not move at all.
+rows fewer than n / limit values are), so that they can be told to every block, whose rows then need not move at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LIMIT = 1 << 22
 
 
 def heavy(data: Dataset, name: str, limit: int = LIMIT) -> tuple[np.ndarray, np.ndarray]:
-    """Values that more rows than ``limit`` have, up to a factor of two, and in how many rows they were seen.
+    """Values that more rows than ``limit`` have, however the blocks are cut, and how many have them.
 
     Args:
         data: materialized.
@@ -30,21 +30,17 @@ def heavy(data: Dataset, name: str, limit: int = LIMIT) -> tuple[np.ndarray, np.
         limit: rows.
 
     Returns:
-        Values, ascending, and counts; a value that is left out occurs at most ``2 * limit`` times.
+        Values, ascending, and counts.
     """
     none = np.empty(0, np.int64)
     if data.count() <= limit:
         return none, none
-    # What is rarer than this in every block adds up to less than the limit.
-    least = max(2, limit // data.num_blocks())
-    counted = compact(map_blocks(data, partial(_frequent, name, least)))
-    if not counted.count():
+    # What is rarer than this in every block adds up to less than half the limit, so that the other half was seen.
+    least = max(1, limit // (2 * data.num_blocks()))
+    likely, _ = _total(compact(map_blocks(data, partial(_frequent, name, least))), limit // 2)
+    if not len(likely):
         return none, none
-    summed = compact(map_blocks(shuffle(counted, "value", partitions_for(counted, None)), partial(_sum, limit)))
-    if not summed.count():
-        return none, none
-    found = collect(summed).sort_by("value")
-    return column(found, "value"), column(found, "count")
+    return _total(compact(map_blocks(data, partial(_count_of, name, likely))), limit)
 
 
 def _frequent(name: str, least: int, table: pa.Table) -> pa.Table:
@@ -53,10 +49,24 @@ def _frequent(name: str, least: int, table: pa.Table) -> pa.Table:
     return pa.table({"value": values[often], "count": counts[often]})
 
 
+def _count_of(name: str, wanted: np.ndarray, table: pa.Table) -> pa.Table:
+    return _frequent(name, 1, _among(name, wanted, True, table))
+
+
+def _total(counted: Dataset, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values, ascending, whose counts add up to more than ``limit``, and these sums."""
+    if counted.count():
+        summed = compact(map_blocks(shuffle(counted, "value", partitions_for(counted, None)), partial(_sum, limit)))
+        if summed.count():
+            found = collect(summed).sort_by("value")
+            return column(found, "value"), column(found, "count")
+    return np.empty(0, np.int64), np.empty(0, np.int64)
+
+
 def _sum(limit: int, table: pa.Table) -> pa.Table:
     values, which = np.unique(column(table, "value"), return_inverse=True)
     counts = np.bincount(which, column(table, "count")).astype(np.int64)
-    return pa.table({"value": values[counts >= limit], "count": counts[counts >= limit]})
+    return pa.table({"value": values[counts > limit], "count": counts[counts > limit]})
 
 
 def ordered(table: pa.Table, names: list[str], groups: int) -> tuple[pa.Table, np.ndarray]:

@@ -159,16 +159,18 @@ def _spans(data: np.ndarray, offsets: np.ndarray, unit: str) -> Spans:
 def _spans_of_part(part: str, uri: str, settings: LineDedup) -> Iterator[pa.Table]:
     """Hashes of a part's spans, each with the first row that has it and the number of documents, chunk by chunk.
 
-    A hash may occur in several chunks, which are of different documents.
+    A hash may occur in several chunks, which are of different documents. Chunks are the same whether they are made or
+    read back, since a task that Ray repeats has to yield what it yielded before.
     """
     schema = published.marked(_SPANS_SCHEMA, part, [settings.unit, settings.min_characters])
     if published.is_current(uri, schema):
-        yield from read_part(uri, _SPANS)
+        with storage.open_parquet(uri) as file:
+            yield from map(file.read_row_group, range(file.num_row_groups))
         return
     with storage.parquet_writer(uri, schema, compression="none") as out:
         for hashes, rows in _chunks(part, settings):
             table = _count(hashes, rows)
-            out.write_table(table.cast(schema))
+            out.write_table(table.cast(schema), row_group_size=max(1, table.num_rows))
             yield table
 
 

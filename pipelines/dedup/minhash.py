@@ -204,8 +204,7 @@ def find_duplicates(
         settings: of the search.
         partitions: blocks to shuffle into; by default one for each 128 MB of band keys.
         publish: folder for the signatures of all documents, as a set for ``against``.
-        limit: documents with a band in common, or members of a component, that a partition may hold, up to a factor of
-            two.
+        limit: documents with a band in common, or members of a component, that a partition may hold.
 
     Returns:
         How many documents are to be dropped.

@@ -8,6 +8,7 @@ of unknown language is judged as code of any. Other rules decide whether code is
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 
@@ -129,9 +130,10 @@ class CodeRules:
         found = measure(text, html)
         size = np.maximum(found.characters, 1)
         every = np.ones(len(batch), bool)
+        names = _names(batch.table)
         measures = [
             _measure("code: binary", found.nuls, every, maximum=0),
-            *self._generated(batch),
+            *self._generated(batch, names),
             _measure("code: lines", found.lines, every, maximum=self.max_lines),
             _measure(
                 "code: mean line length",
@@ -151,7 +153,7 @@ class CodeRules:
             _measure("code: visible share", found.visible / size, html, minimum=self.min_visible_share),
         ]
         if not self.notebooks:
-            measures.insert(1, _measure("code: notebook", _is_notebook(batch.table), every, maximum=0))
+            measures.insert(1, _measure("code: notebook", _is_notebook(text, names), every, maximum=0))
         if not self.strip_licences:
             return Applied(measures)
         stripped = _without_licences(text, ~among(list(_NO_COMMENTS)))
@@ -160,7 +162,7 @@ class CodeRules:
         changed, column = stripped
         return Applied(measures, column, {"code: licence header removed": changed})
 
-    def _generated(self, batch: Batch) -> list[Measure]:
+    def _generated(self, batch: Batch, names: list[str]) -> list[Measure]:
         from pipelines.filters.phrases import Phrases
 
         heads = pc.utf8_lower(pc.utf8_slice_codeunits(batch.table["text"], 0, _HEAD)).to_pylist()
@@ -171,7 +173,6 @@ class CodeRules:
             counts[document] += 1
             details[document] = details[document] or f"says {markers.phrases[number]!r}"
         ends = tuple(end.lower() for end in self.generated_names)
-        names = [(path or "").lower() for path in batch.table["path"].to_pylist()]
         named = np.array([bool(ends) and name.endswith(ends) for name in names], np.float64)
         return [
             Measure("code: generated", counts, maximum=0, details=details),
@@ -185,15 +186,24 @@ def _measure(
     return Measure(reason, np.where(applies, values, np.nan), minimum, maximum)
 
 
+def _names(table: pa.Table) -> list[str]:
+    """Names of the documents' files, in lower case: ``path`` is that of the archive or table where one holds them."""
+    names = []
+    for path, metadata in zip(table["path"].to_pylist(), table["metadata"].to_pylist(), strict=True):
+        name = json.loads(metadata).get("file") if metadata else None
+        names.append((name if isinstance(name, str) else path or "").lower())
+    return names
+
+
 def _is_xml(text: pa.ChunkedArray) -> np.ndarray:
     head = pc.utf8_slice_codeunits(pc.fill_null(text, ""), 0, 100)
     return _numbers(pc.or_(pc.match_substring(head, "<?xml version="), pc.match_substring(head, "<svg")))
 
 
-def _is_notebook(table: pa.Table) -> np.ndarray:
-    text = pc.fill_null(table["text"], "")
+def _is_notebook(text: pa.ChunkedArray, names: list[str]) -> np.ndarray:
+    text = pc.fill_null(text, "")
     looks = pc.and_(pc.match_substring_regex(text, r'\A\s*\{\s*"'), pc.match_substring(text, '"nbformat"'))
-    named = pc.ends_with(pc.utf8_lower(pc.fill_null(table["path"], "")), ".ipynb")
+    named = pa.array([name.endswith(".ipynb") for name in names], pa.bool_())
     return _numbers(pc.or_(looks, pc.and_(named, pc.match_substring(text, '"cells"'))))
 
 

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipelines import storage
+from pipelines.documents import InputError
 from pipelines.filters import Applied, Batch, Measure
 
 if TYPE_CHECKING:
@@ -57,10 +58,11 @@ class UrlRules:
             raise ValueError(f"max_soft_words is {self.max_soft_words}, must be at least 0")
 
     def fingerprint(self) -> str:
-        """Changes when a file of the lists does.
+        """Changes when a file of the lists does; also reads them, so that a bad line is told before any task starts.
 
         Raises:
             FileNotFoundError: a list is not there.
+            InputError: a line of a list cannot be what the list is of; the message names it.
         """
         files = [
             (entry.name, path, file.size, xxhash.xxh3_128_hexdigest(storage.read_bytes(file.uri)))
@@ -69,16 +71,18 @@ class UrlRules:
             for path in paths
             for file in storage.list_files(path)
         ]
-        return xxhash.xxh3_128_hexdigest(repr(files).encode()) if files else ""
+        made = xxhash.xxh3_128_hexdigest(repr(files).encode()) if files else ""
+        self._lists(made)
+        return made
 
     def apply(self, batch: Batch) -> Applied:
         """Measure the addresses; a document without one, or with one that is allowed, is not judged.
 
         Raises:
             FileNotFoundError: a list is not there.
-            ValueError: a line of a list cannot be what the list is of; the message names it.
+            InputError: a line of a list cannot be what the list is of; the message names it.
         """
-        lists = _load(*(tuple(getattr(self, name)) for name in _Lists._fields))
+        lists = self._lists()
         column = pc.fill_null(batch.table["url"], "")
         addresses = [split(url) for url in column.to_pylist()]
         hosts = [address.host for address in addresses]
@@ -111,6 +115,9 @@ class UrlRules:
             joined = pc.replace_substring_regex(readable, _GAPS, "")
             measure("url: parts", 0, *_count(lists.parts, joined))
         return Applied(measures)
+
+    def _lists(self, version: str = "") -> _Lists:
+        return _load(*(tuple(getattr(self, name)) for name in _Lists._fields), version)
 
 
 class Address(NamedTuple):
@@ -199,6 +206,7 @@ def _load(
     soft: tuple[str, ...],
     parts: tuple[str, ...],
     allow: tuple[str, ...],
+    version: str,  # of what the files hold: files that changed since are read again
 ) -> _Lists:
     return _Lists(_domains(domains), _pages(urls), _words(hard), _words(soft), _words(parts, ""), _domains(allow))
 
@@ -208,7 +216,7 @@ def _domains(paths: tuple[str, ...]) -> _Set | None:
         for place, line in _lines(paths):
             domain = _plain(line.removeprefix("*."))
             if not domain or any(sign in domain for sign in "/:@ \t"):
-                raise ValueError(f"{place}: {line!r} is not a domain, such as example.com")
+                raise InputError(f"{place}: {line!r} is not a domain, such as example.com")
             yield domain
 
     return _Set(entries()) if paths else None
@@ -219,7 +227,7 @@ def _pages(paths: tuple[str, ...]) -> _Set | None:
         for place, line in _lines(paths):
             address = split(line)
             if not address.host or " " in address.host:
-                raise ValueError(f"{place}: {line!r} is not the address of a page")
+                raise InputError(f"{place}: {line!r} is not the address of a page")
             yield _page(address)
 
     return _Set(entries()) if paths else None
@@ -244,7 +252,7 @@ def _lines(paths: tuple[str, ...]) -> Iterator[tuple[str, str]]:
             try:
                 text = data.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{file.uri}: not UTF-8 ({error})") from None
+                raise InputError(f"{file.uri}: not UTF-8 ({error})") from None
             for number, line in enumerate(text.splitlines(), 1):
                 entry = f" {line}".partition(" #")[0].strip()
                 if entry:

@@ -10,7 +10,7 @@ import importlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import Any, Literal
 
@@ -32,6 +32,9 @@ _SUFFIXES = {
     "books": (".txt", ".text", ".epub"),
 }
 _COMPRESSED = (".gz", ".zst")
+_ONLY_FOR = {"strip_gutenberg": "books"} | dict.fromkeys(
+    ("crawl", "archives", "limit", "base", "delay"), "common-crawl"
+)  # settings that do nothing for other kinds
 ARCHIVES = (".tar", *_SUFFIXES["jsonl"], *_SUFFIXES["parquet"])
 """What code may be packed in."""
 
@@ -101,8 +104,10 @@ class Source:
                 )
         elif not self.path:
             raise ValueError(f"path of the source {self.label} is empty, must be a file, a folder or a glob")
-        elif self.crawl or self.limit is not None:
-            raise ValueError(f"crawl and limit are for sources of the kind common-crawl, not for {self.label}")
+        for entry in fields(self):
+            kind = _ONLY_FOR.get(entry.name, self.kind)
+            if kind != self.kind and getattr(self, entry.name) != entry.default:
+                raise ValueError(f"{entry.name} is for sources of the kind {kind}, not for {self.label}")
         if self.columns and self.kind not in ("jsonl", "parquet", "code"):
             raise ValueError(f"columns is {self.columns}, but sources of the kind {self.kind} have none")
         if not all(self.columns.keys()) or not all(self.columns.values()):

@@ -130,7 +130,12 @@ def test_the_command_line_names_a_crawl_in_short():
         ({"kind": "common-crawl", "crawl": CRAWL, "path": "x"}, "path is 'x' in the source common-crawl"),
         ({"kind": "common-crawl", "crawl": CRAWL, "limit": 0}, "limit is 0, must be at least 1"),
         ({"kind": "common-crawl", "crawl": CRAWL, "delay": -1.0}, "delay is -1.0, must be at least 0"),
-        ({"kind": "warc", "path": "x", "limit": 3}, "crawl and limit are for sources of the kind common-crawl"),
+        ({"kind": "warc", "path": "x", "limit": 3}, "limit is for sources of the kind common-crawl, not for warc"),
+        ({"kind": "warc", "path": "x", "crawl": CRAWL}, "crawl is for sources of the kind common-crawl"),
+        ({"kind": "wet", "path": "x", "archives": "wet"}, "archives is for sources of the kind common-crawl"),
+        ({"kind": "jsonl", "path": "x", "base": "s3://b"}, "base is for sources of the kind common-crawl"),
+        ({"kind": "warc", "path": "x", "delay": 2.0}, "delay is for sources of the kind common-crawl"),
+        ({"kind": "code", "path": "x", "strip_gutenberg": False}, "strip_gutenberg is for sources of the kind books"),
         ({"kind": "books", "path": "x", "columns": {"text": "a"}}, "sources of the kind books have none"),
     ],
 )

@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from duplicates import write_parts
 
+from pipelines.dedup import lines
 from pipelines.dedup.lines import LineDedup, find, work
 
 
@@ -78,6 +79,16 @@ def test_a_search_that_was_killed_goes_on_with_its_hashes(ray_session, tmp_path,
     pq.write_table(pq.read_table(file).slice(0, 0), file)
     assert find(parts, str(tmp_path / "out"), settings, 1) == 0
     assert find(parts, str(tmp_path / "out"), settings, 1) == 1
+
+
+def test_hashes_come_in_the_same_chunks_when_made_and_when_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "_SPANS", 100)
+    (part,) = write_parts(tmp_path / "in", [["\n".join(f"line {i} of {n}" for i in range(17 * n)) for n in range(70)]])
+    settings = LineDedup(True, min_characters=1)
+    made, back = (list(lines._spans_of_part(part, str(tmp_path / "hashes"), settings)) for _ in range(2))
+    assert len(made) > 3
+    assert max(table.num_rows for table in made) > 100
+    assert [table.to_pydict() for table in made] == [table.to_pydict() for table in back]
 
 
 def test_nothing_is_cut_when_switched_off_or_when_there_is_nothing(ray_session, tmp_path):

@@ -9,6 +9,7 @@ from duplicates import chain_of_edits, pair_with_jaccard, read_output, write_par
 from pipelines.dedup import exact, minhash, published
 from pipelines.dedup.exact import ExactDedup
 from pipelines.dedup.minhash import MinHashDedup
+from pipelines.documents import InputError, to_table
 
 MODULES = {"exact": (exact, ExactDedup), "near": (minhash, MinHashDedup)}
 
@@ -81,6 +82,36 @@ def test_sets_that_cannot_be_compared_are_refused(ray_session, tmp_path):
         search("near", parts, tmp_path / "b", against=[str(tmp_path / "in")])
     with pytest.raises(ValueError, match="is where this corpus publishes its own"):
         search("near", parts, tmp_path / "b", tmp_path / "set", partitions=1, against=against)
+
+
+def test_a_corpus_is_not_compared_with_its_own_set(tmp_path):
+    own = tmp_path / "corpus" / "near" / "fingerprints"
+    own.mkdir(parents=True)
+    (own / "set.json").write_text('{"kind": "near"}')
+    for entry in (own, own.parent, own.parent.parent):
+        with pytest.raises(InputError, match="is where this corpus publishes its own fingerprints"):
+            published.refuse_own([str(entry)], "near", str(own))
+    published.refuse_own([str(own)], "near", str(tmp_path / "other" / "near" / "fingerprints"))
+
+
+@pytest.mark.parametrize("documents", [1, 512, 1300])
+def test_fingerprints_come_in_the_same_batches_when_made_and_when_read_back(tmp_path, documents):
+    part = str(tmp_path / "part.parquet")
+    pq.write_table(to_table({"id": str(i), "text": "a" * i} for i in range(documents)), part, row_group_size=700)
+
+    def make(table):
+        return np.arange(table.num_rows)[:, None]
+
+    scheme = published.Scheme("exact", {}, 8)
+    made, back = (
+        [
+            (ranks.tolist(), values.to_pylist())
+            for ranks, values in published.fingerprints(part, str(tmp_path / "made"), scheme, ("longest", None), make)
+        ]
+        for _ in range(2)
+    )
+    assert made == back
+    assert [len(ranks) for ranks, _ in made] == ([documents] if documents <= 512 else [512, 188, 512, 88])
 
 
 def test_the_content_of_a_set_says_when_it_changed(ray_session, tmp_path):

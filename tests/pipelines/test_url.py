@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.documents import to_table
+from pipelines.documents import InputError, to_table
 from pipelines.filters import Batch, judge
 from pipelines.filters.phrases import Phrases
 from pipelines.filters.url import Address, UrlRules, split
@@ -112,8 +112,13 @@ def test_without_lists_nothing_is_measured():
 
 def test_lists_that_are_not_lists_are_named(write, tmp_path):
     batch = Batch(to_table([{"text": "t", "url": "http://a.example/"}]))
-    with pytest.raises(ValueError, match=r"d.txt, line 2: 'http://bad.example/' is not a domain"):
+    with pytest.raises(InputError, match=r"d.txt, line 2: 'http://bad.example/' is not a domain"):
         UrlRules(domains=write("d.txt", "ok.example", "http://bad.example/")).apply(batch)
+    with pytest.raises(InputError, match=r"u.txt, line 1: '\?page' is not the address"):  # before any task starts
+        UrlRules(urls=write("u.txt", "?page")).fingerprint()
+    assert UrlRules(urls=write("u.txt", "a.example/page")).fingerprint()
+    with pytest.raises(InputError, match=r"u.txt, line 1: '\?other' is not the address"):
+        UrlRules(urls=write("u.txt", "?other")).fingerprint()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         UrlRules(domains=[str(tmp_path / "nowhere")]).apply(batch)
     with pytest.raises(ValueError, match="max_soft_words is -1"):
