@@ -126,7 +126,7 @@ def content(workspace: str) -> collections.Counter:
     found: collections.Counter = collections.Counter()
     for uri in part_uris(folder, manifest):
         for table in read_part(uri, columns=["id", "text"]):
-            found.update((row["id"], xxhash.xxh3_64_hexdigest(row["text"])) for row in table.to_pylist())
+            found.update((row["id"], xxhash.xxh3_64_hexdigest(row["text"].encode())) for row in table.to_pylist())
     return found
 
 
