@@ -43,14 +43,15 @@ def main() -> None:
         os.makedirs(raw)
         split(args.corpus, raw, 8, args.documents)
         sources = json.dumps([{"kind": "jsonl", "path": raw}])
-        began = time.perf_counter()
-        run(folder, "undisturbed", sources).wait()
-        seconds = time.perf_counter() - began
+        for name in ("first", "undisturbed"):  # the first one compiles
+            began = time.perf_counter()
+            run(folder, name, sources).wait()
+            seconds = time.perf_counter() - began
         expected = content(os.path.join(folder, "undisturbed"))
         print(f"undisturbed: {seconds:.1f} s, {sum(expected.values()):,} documents")
         equal = 0
         for number in range(args.kills):
-            kind, after = KINDS[number % len(KINDS)], rng.uniform(0.1, 1.0) * seconds
+            kind, after = KINDS[number % len(KINDS)], rng.uniform(0.2, 0.9) * seconds
             name = f"run-{number}"
             told, starts = disturbed(folder, name, sources, kind, after, rng)
             found = content(os.path.join(folder, name))
