@@ -172,7 +172,8 @@ def whole(peer: Peer, args: argparse.Namespace) -> None:
         os.makedirs(raw)
         count = split(args.corpus, raw, 16, args.whole)
         rules = ["gopher_repetition", "gopher_quality", "c4", "fineweb"]
-        settings = CurationSettings(sources=[Source(kind="jsonl", path=raw, rules=rules)], set_aside_share=1.0)
+        # As the peer does by default, nothing that goes is stored.
+        settings = CurationSettings(sources=[Source(kind="jsonl", path=raw, rules=rules)], set_aside_share=0.0)
         began = time.perf_counter()
         with ray_session():
             started = time.perf_counter()
