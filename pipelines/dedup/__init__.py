@@ -146,6 +146,9 @@ def _blocks(data: Dataset) -> list:
 def _from_blocks(blocks: list) -> Dataset:
     import ray
 
+    # The stages tell their progress themselves; every data set here begins with blocks.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray.data.from_arrow_refs(blocks) if blocks else ray.data.from_arrow(pa.table({}))
 
 

@@ -20,6 +20,7 @@ REPORT = "clusters.json"
 """File of the report in the folder of the published set, or of the duplicates."""
 
 _LARGEST = 20
+_SMALL = 16 << 20  # bytes of labels that the report is made of at once
 _SAMPLES = 5
 _CHARACTERS = 300
 
@@ -74,17 +75,23 @@ def report(labels: Dataset, files: list[str], parts: list[str], partitions: int 
     found: dict[str, Any] = {"clusters": 0, "documents": 0, "sizes": {}, "largest": []}
     if not labels.count():
         return found
-    counted = compact(map_blocks(labels, _count))
-    sizes = compact(map_blocks(shuffle(counted, "root", partitions_for(counted, partitions)), _sum))
-    every = collect(map_blocks(sizes, _sizes)).group_by("size").aggregate([("clusters", "sum")]).sort_by("size")
+    small = labels.size_bytes() <= _SMALL
+    if small:  # to start tasks would take longer than the work
+        all_labels = collect(labels)
+        all_sizes = _sum(_count(all_labels))
+        every, top = _sizes(all_sizes), _top(all_sizes)
+    else:
+        counted = compact(map_blocks(labels, _count))
+        sizes = compact(map_blocks(shuffle(counted, "root", partitions_for(counted, partitions)), _sum))
+        every, top = collect(map_blocks(sizes, _sizes)), _top(collect(map_blocks(sizes, _top)))
+    every = every.group_by("size").aggregate([("clusters", "sum")]).sort_by("size")
     for size, clusters in zip(every["size"].to_pylist(), every["clusters_sum"].to_pylist(), strict=True):
         found["clusters"] += clusters
         found["documents"] += clusters * size
         found["sizes"][str(size)] = clusters
-    top = _top(collect(map_blocks(sizes, _top)))
     roots = column(top, "root")
-    sample = compact(map_blocks(labels, partial(_sample, np.sort(roots))))
-    members = _sample(np.sort(roots), collect(sample))
+    chosen = partial(_sample, np.sort(roots))
+    members = chosen(all_labels if small else collect(compact(map_blocks(labels, chosen))))
     before = len(files) - len(parts)
     for root, size in zip(roots.tolist(), column(top, "size").tolist(), strict=True):
         some = column(members, "node")[column(members, "root") == root].tolist()
