@@ -119,7 +119,7 @@ def prepare(settings: Decontamination, folder: str, parts: list[str]) -> str:
             out.write_table(table)
         counts = np.zeros(table.num_rows, np.int64)
         for found in for_each([Unit(str(i), {"part": part, "index": every}) for i, part in enumerate(parts)], _count):
-            counts[found["ngrams"]] += found["documents"]
+            counts[np.array(found["ngrams"], np.int64)] += np.array(found["documents"], np.int64)
         common = counts > settings.max_documents
         table = table.filter(pa.array(~common))
         numbers = [f"{number:,}" for number in (len(counts), np.count_nonzero(counts), np.count_nonzero(common))]

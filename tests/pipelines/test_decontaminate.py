@@ -181,9 +181,9 @@ def test_sets_that_are_not_what_they_say_are_named(tmp_path):
 def test_ngrams_of_many_documents_are_phrases_and_not_counted(tmp_path, ray_session):
     (tmp_path / "set.jsonl").write_text("".join(json.dumps({"q": text}) + "\n" for text in (QUESTION, SHORT)))
     texts = [f"{SHORT} {SHORT} {prose(5, i)}" for i in range(4)] + [QUESTION] * 2
-    for part, some in enumerate((texts[:3], texts[3:])):
+    for part, some in enumerate((texts[:3], texts[3:], [prose(40, 9)])):  # the last part holds none
         pq.write_table(to_table([{"text": text} for text in some], SCHEMA), tmp_path / f"{part}.parquet")
-    parts = [str(tmp_path / "0.parquet"), str(tmp_path / "1.parquet")]
+    parts = [str(tmp_path / f"{part}.parquet") for part in range(3)]
     chosen = Decontamination(sets=[EvaluationSet(str(tmp_path / "set.jsonl"))], max_documents=3, action="drop")
     uri = prepare(chosen, str(tmp_path / "index"), parts)
     rules = Decontaminator(chosen, uri)
