@@ -24,6 +24,7 @@ REPORT = "report.html"
 _SAMPLES = 4  # of kept documents of a source, and of dropped ones of a reason
 _SAMPLED_PARTS = 8
 _SHOWN = 600  # characters of a sample
+_UNBOUNDED = 1e15
 
 
 def build_report(corpus: str) -> str:
@@ -138,7 +139,9 @@ def _histograms(manifests: dict[str, dict[str, Any]]) -> str:
     for manifest in manifests.values():
         for reason, scales in sorted(manifest["statistics"].get("measures", {}).items()):
             for scale, found in scales.items():
-                limits = [tuple(map(float, key.split())) for key in found["limits"]]
+                pairs = [tuple(map(float, key.split())) for key in found["limits"]]
+                # A bound as high as whole numbers go is none.
+                limits = [(low, math.inf if high > _UNBOUNDED else high) for low, high in pairs]
                 charts.append(f"<figure>{histogram_chart(reason, scale, found['bins'], limits)}</figure>")
     if not charts:
         return ""
