@@ -1,4 +1,4 @@
-"""What a model is and how it is optimised: shapes, presets, and the settings of AdamW and of the learning rate.
+"""What a model is and how it is optimised: shapes, presets, and the settings of the optimizer and of the learning rate.
 
 Nothing heavy is imported here, so that `--help` stays quick.
 """
@@ -38,6 +38,9 @@ class ModelConfig:
     """Normalise queries and keys per head before the rotation (exported as Qwen3 instead of Llama)."""
     tied_embeddings: bool = False
     """Use the token embedding as the output layer too."""
+    base_width: int | None = None
+    """d_model at which the learning rate was tuned: it then serves this width too (muP, `models.widths`); null is the
+    standard parametrization."""
 
     @property
     def head_dim(self) -> int:
@@ -67,6 +70,7 @@ class ModelConfig:
             self.n_kv_heads,
             f"a divisor of n_heads {self.n_heads}",
         )
+        _require(self.base_width is None or self.base_width >= 1, "model.base_width", self.base_width, "at least 1")
         _require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "above 0")
         _require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "above 0")
 
@@ -131,14 +135,18 @@ PRESETS: dict[str, ModelConfig] = {
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019)."""
+    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) with it."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices of the blocks by Muon, embedding, head and norms by AdamW; one learning rate suits both."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running means of the gradient and of its square."""
+    """AdamW: decay of the running means of the gradient and of its square."""
     eps: float = 1e-8
-    """Added to the denominator of the update."""
+    """AdamW: added to the denominator of the update."""
+    momentum: float = 0.95
+    """Muon: decay of the running mean of the gradient."""
     weight_decay: float = 0.1
     """Decay of linear layers' matrices per step, times the learning rate; norms and embeddings never decay."""
     grad_clip: float = 1.0
@@ -150,16 +158,18 @@ class OptimizerConfig:
         Raises:
             ValueError: with the setting's name, its value, and what is allowed.
         """
+        _require(self.kind in ("adamw", "muon"), "optimizer.kind", self.kind, "adamw or muon")
         _require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
         _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
+        _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
         _require(self.grad_clip >= 0, "optimizer.grad_clip", self.grad_clip, "at least 0 (0 is off)")
 
 
 @dataclass
 class ScheduleConfig:
-    """How the learning rate moves: linear warmup, then a cosine or a plateau with a linear end."""
+    """How the learning rate moves: linear warmup, then a cosine, or a plateau and a decay."""
 
     kind: Literal["cosine", "wsd"] = "cosine"
     """cosine: falls to min_ratio over the whole run; wsd: warmup, stable, decay (Hu et al. 2024)."""
@@ -167,6 +177,8 @@ class ScheduleConfig:
     """Steps over which the learning rate rises linearly to its peak."""
     decay_fraction: float = 0.2
     """wsd only: the last part of the run, over which the learning rate falls."""
+    decay: Literal["linear", "sqrt"] = "linear"
+    """wsd only: how it falls; sqrt is 1 - sqrt(progress), which ended lowest in Hägele et al. 2024."""
     min_ratio: float = 0.1
     """Learning rate at the end, as a part of its peak."""
 
@@ -179,4 +191,5 @@ class ScheduleConfig:
         _require(self.kind in ("cosine", "wsd"), "schedule.kind", self.kind, "cosine or wsd")
         _require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "at least 0")
         _require(0 < self.decay_fraction <= 1, "schedule.decay_fraction", self.decay_fraction, "in (0, 1]")
+        _require(self.decay in ("linear", "sqrt"), "schedule.decay", self.decay, "linear or sqrt")
         _require(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "in [0, 1]")

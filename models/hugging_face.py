@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.config import ModelConfig
+from models.widths import output_multiplier
 
 _TOP = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -58,6 +59,8 @@ def save_pretrained(
 ) -> None:
     """Write `config.json` and `model.safetensors`.
 
+    A model with muP's output multiplier is written as one without, of equal logits.
+
     Args:
         state_dict: of a `Transformer`, whole (not sharded), on any device.
         config: its shape.
@@ -78,6 +81,10 @@ def save_pretrained(
         theirs: state_dict[ours].detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
         for ours, theirs in names.items()
     }
+    # A multiplied output is the same as multiplied final norm weights, and those are there whether the head is tied or
+    # not. Before the cast, as the weights are fp32.
+    norm = state_dict["norm.weight"].detach() * output_multiplier(config)
+    tensors[names["norm.weight"]] = norm.to(device="cpu", dtype=dtype).contiguous()
     os.makedirs(folder, exist_ok=True)
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     content: dict[str, Any] = {

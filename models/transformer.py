@@ -3,7 +3,6 @@
 Parallelism and precision are applied from outside (`models.parallel`); this file is plain PyTorch.
 """
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from models.attention import causal_attention
 from models.config import ModelConfig
 from models.loss import Reduction, cross_entropy
+from models.widths import initial_std, output_multiplier
 
 if TYPE_CHECKING:
     from models.generate import KVCache, LayerCache
@@ -150,14 +150,14 @@ class Transformer(nn.Module):
         table = rotary_table(config.head_dim, config.max_seq_len, config.rope_theta)
         self.register_buffer("rotary", table, persistent=False)
         self.compute_dtype: torch.dtype | None = None
+        self.output_multiplier = output_multiplier(config)
         self.loss = cross_entropy
         if seed is not None:
             self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal with standard deviation 0.02, over sqrt(2·n_layers) for matrices that write to the residual stream
-        (Radford et al. 2019); norms are 1.
+        """Normal with the standard deviations of `models.widths`; norms are 1.
 
         Drawn on the CPU in the order of the parameters, so equal for a seed on any device; call it before sharding.
         """
@@ -166,9 +166,7 @@ class Transformer(nn.Module):
             if parameter.ndim < 2:
                 parameter.fill_(1.0)
                 continue
-            std = 0.02
-            if name.endswith(("w_o.weight", "w_down.weight")):
-                std /= math.sqrt(2 * self.config.n_layers)
+            std = initial_std(self.config, name)
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
     def forward(
@@ -217,6 +215,8 @@ class Transformer(nn.Module):
             for i, block in enumerate(self.layers):
                 x = block(x, rotary, None if cache is None else cache.layers[i])
             x = self.norm(x)
+            if self.output_multiplier != 1:  # muP
+                x = x * self.output_multiplier
             if positions is not None:
                 x = x[torch.arange(len(x), device=x.device), positions]
             if targets is None:

@@ -53,6 +53,7 @@ def test_count_equals_the_built_model(tied, qk_norm):
         ({"n_layers": 0}, "n_layers is 0"),
         ({"rope_theta": 0.0}, "rope_theta"),
         ({"norm_eps": 0.0}, "norm_eps"),
+        ({"base_width": 0}, "base_width is 0"),
     ],
 )
 def test_impossible_shapes_are_refused_by_name(change, name):
@@ -67,9 +68,12 @@ def test_impossible_shapes_are_refused_by_name(change, name):
         (OptimizerConfig(betas=(0.9, 1.0)), "optimizer.betas"),
         (OptimizerConfig(weight_decay=-1.0), "optimizer.weight_decay"),
         (OptimizerConfig(grad_clip=-1.0), "optimizer.grad_clip"),
+        (OptimizerConfig(kind="sgd"), "optimizer.kind is 'sgd'"),
+        (OptimizerConfig(momentum=1.0), "optimizer.momentum"),
         (ScheduleConfig(kind="linear"), "schedule.kind is 'linear'"),
         (ScheduleConfig(warmup_steps=-1), "schedule.warmup_steps"),
         (ScheduleConfig(decay_fraction=0.0), "schedule.decay_fraction"),
+        (ScheduleConfig(decay="cubic"), "schedule.decay is 'cubic'"),
         (ScheduleConfig(min_ratio=1.5), "schedule.min_ratio"),
     ],
 )
