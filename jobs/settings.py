@@ -142,6 +142,13 @@ class PretrainJob(InWorkspace):
     """Of the initial weights and the order of the data."""
     workers: int = 1
     """Ray Train workers; above 1 the model is sharded with FSDP2."""
+    min_workers: int | None = None
+    """Fewest workers that the run goes on with when nodes are lost; it grows again, up to `workers`, when nodes join.
+    null always waits for all."""
+    resize_every_seconds: float = 60.0
+    """How often a run that may grow looks whether it can; it saves before it does."""
+    start_timeout_seconds: float = 30.0
+    """How long workers that start wait for their nodes until fewer are tried, down to `min_workers`."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs when the cluster has one for each worker at the start. Say gpu when nodes scale up from zero."""
     cpus_per_worker: float = 1.0
@@ -164,8 +171,15 @@ class PretrainJob(InWorkspace):
     """Steps between validations."""
     validation_samples: int = 256
     """Sequences of the validation split that are measured each time, from its start."""
+    validation: Literal["within", "beside"] = "within"
+    """within: the workers stop training to validate. beside: a task of its own measures checkpoints, on one CPU core
+    and `validation_gpus`, while training goes on; without a free core it waits until training ends."""
+    validation_gpus: float = 0.0
+    """GPUs of a validation beside training."""
     max_failures: int = 3
-    """Restarts of the workers after a crash before the job gives up."""
+    """Restarts of the workers after a crash before the job gives up; -1 for no limit."""
+    max_preemptions: int = -1
+    """Restarts of the workers after nodes that announced their end; -1 for no limit."""
     faults: Faults = field(default_factory=Faults)
     """Failures to rehearse."""
 
@@ -175,7 +189,23 @@ class PretrainJob(InWorkspace):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("validate_every", "validation_samples"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.max_failures >= -1, "max_failures", self.max_failures, "at least 0, or -1 for no limit")
+        for name in ("max_failures", "max_preemptions"):
+            require(getattr(self, name) >= -1, name, getattr(self, name), "at least 0, or -1 for no limit")
+        for name in ("resize_every_seconds", "start_timeout_seconds"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        require(
+            self.min_workers is None or 1 <= self.min_workers <= self.workers,
+            "min_workers",
+            self.min_workers,
+            f"null, or from 1 to workers, {self.workers}",
+        )
+        require(self.validation_gpus >= 0, "validation_gpus", self.validation_gpus, "at least 0")
+        require(
+            self.validation == "within" or self.validate_every % self.checkpoint_every == 0,
+            "validate_every",
+            self.validate_every,
+            f"a multiple of checkpoint_every, {self.checkpoint_every}, whose checkpoints are measured beside training",
+        )
         require(bool(self.name) and "/" not in self.name, "name", self.name, "a folder's name without a slash")
         require(
             self.global_batch % self.workers == 0,
@@ -211,6 +241,10 @@ class PretrainJob(InWorkspace):
             "a range such as [200, 206]",
         )
         self.model.config(256, self.sequence_length or longest)
+
+    def fewest_workers(self) -> int:
+        """Workers that the run needs at least."""
+        return self.workers if self.min_workers is None else self.min_workers
 
     def length(self) -> int:
         """Tokens in a sequence."""
@@ -278,6 +312,9 @@ class TuneJob(InWorkspace):
             "at least 1, or null",
         )
         require(self.comparisons >= 1, "comparisons", self.comparisons, "at least 1")
+        # Trials are compared as they report, which losses that come later would miss.
+        measured = self.pretrain.validation
+        require(measured == "within", "pretrain.validation", measured, "within, for trials to be compared by it")
         require(self.reduction_factor >= 2, "reduction_factor", self.reduction_factor, "at least 2")
         for name, dimension in self.dimensions().items():
             require(name not in _SWEEPS_OWN, "space", name, f"none of {', '.join(_SWEEPS_OWN)}, which are the sweep's")

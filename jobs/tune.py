@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from jobs.pretrain import check_fits, finished, pretrain, require_gpus
+from jobs.inputs import check_fits
+from jobs.pretrain import finished, pretrain, require_gpus
 from jobs.run_folder import StoredRun, valid_steps
 from jobs.session import ray_session
 from jobs.settings import PretrainJob, SearchDimension, SettingsError, TuneJob, with_setting

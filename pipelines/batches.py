@@ -103,23 +103,37 @@ class Batches:
         return out
 
     def rank(self, data_step: int, rank: int, world_size: int) -> np.ndarray:
-        """One worker's share of a batch, (global_batch / world_size, sequence_length + 1) int64.
+        """One worker's share of a batch, (ceil(global_batch / world_size), sequence_length + 1) int64.
 
-        ``PADDING`` stands for padding.
+        Worker ``r`` has the rows from ``r * ceil(global_batch / world_size)`` of the global batch on. All shares have
+        the same number of rows, whether or not ``world_size`` divides the batch: the last ones are filled up with rows
+        of nothing but ``PADDING``, which also stands for padding within a sample.
         """
-        share = self.global_batch // world_size
+        share = -(-self.global_batch // world_size)
         mine = self.sample_indices(data_step)[rank * share : (rank + 1) * share]
-        return np.stack([self._sample(int(i)) for i in mine])
+        out = np.full((share, self._width), PADDING, np.int64)
+        for row, index in enumerate(mine):
+            out[row] = self._sample(int(index))
+        return out
 
-    def documents(self, data_steps: range, most: int) -> list[dict[str, Any]]:
-        """The documents that the batches of ``data_steps`` hold parts of: id, source and url of at most ``most``."""
+    def documents(self, places: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:
+        """The documents that samples hold parts of, each once, in the order of the places.
+
+        Args:
+            places: data step and row in the global batch of each sample.
+
+        Returns:
+            id, source and url of each document, and ``tokens``: its part of the first of these samples, int64.
+        """
         found: dict[str, dict[str, Any]] = {}
-        for step in data_steps:
-            for index in self.sample_indices(step):
-                for row in self.shards.documents(int(index) * self._stride, self._width):
-                    found.setdefault(row["id"], {name: row[name] for name in ("id", "source", "url")})
-                    if len(found) >= most:
-                        return list(found.values())
+        for step, row in places:
+            start = int(self.sample_indices(step)[row]) * self._stride
+            for entry in self.shards.documents(start, self._width):
+                first = max(entry["start"], start)
+                last = min(entry["start"] + entry["length"], start + self._width)
+                tokens = self.shards.read(first, last - first).astype(np.int64)
+                facts = {name: entry[name] for name in ("id", "source", "url")}
+                found.setdefault(entry["id"], {**facts, "tokens": tokens})
         return list(found.values())
 
     def in_order(

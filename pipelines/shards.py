@@ -75,7 +75,7 @@ class TokenShards:
 
     Raises:
         FileNotFoundError: the split is not finished.
-        ValueError: a shard is missing or, once it is read, has another size than the manifest says.
+        ValueError: a shard is missing or, once it is read, damaged or of another size than the manifest says.
     """
 
     def __init__(self, folder: str, cached_groups: int = 64) -> None:
@@ -130,7 +130,16 @@ class TokenShards:
         if key in self._groups:
             self._groups.move_to_end(key)
             return self._groups[key]
-        tokens = self._file(shard).read_row_group(group)["tokens"].combine_chunks().flatten().to_numpy()
+        file = self._file(shard)
+        try:
+            tokens = file.read_row_group(group)["tokens"].combine_chunks().flatten().to_numpy()
+        except (OSError, pa.ArrowInvalid) as error:
+            if storage.failed(error):
+                raise
+            raise InputError(
+                f"{storage.join(self.folder, shard_name(shard))}: row group {group} cannot be read ({error}); delete "
+                "the folder and run `ingot tokenize` again"
+            ) from None
         self._groups[key] = tokens
         if len(self._groups) > self._cached_groups:
             self._groups.popitem(last=False)

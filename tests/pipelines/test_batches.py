@@ -43,6 +43,16 @@ def test_batches_do_not_depend_on_the_number_of_workers(world):
         assert np.array_equal(whole - whole[:, :1], np.tile(np.arange(17), (8, 1)))  # each a run of consecutive tokens
 
 
+@pytest.mark.parametrize("world", [3, 5, 11])
+def test_shares_of_any_number_of_workers_hold_the_batch_once_and_rows_that_fill_up(world):
+    batches = Batches(Counting(10_000), 16, 8, seed=1)
+    shares = [batches.rank(7, rank, world) for rank in range(world)]
+    assert {share.shape for share in shares} == {(-(-8 // world), 17)}
+    rows = np.concatenate(shares)
+    assert np.array_equal(rows[:8], batches.rank(7, 0, 1))
+    assert (rows[8:] == -100).all()
+
+
 def test_seeds_give_different_orders_and_the_same_seed_the_same():
     orders = [Batches(Counting(10_000), 16, 8, seed=s).sample_indices(5).tolist() for s in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
@@ -89,6 +99,9 @@ def test_the_documents_of_batches_are_named_once():
     batches = Batches(Hundreds(2000), 16, 4, seed=0)
     samples = np.concatenate([batches.sample_indices(s) for s in (3, 4)])
     expected = {str(t // 100) for i in samples for t in range(i * 16, i * 16 + 17)}
-    named = batches.documents(range(3, 5), most=1000)
+    named = batches.documents([(step, row) for step in (3, 4) for row in range(4)])
     assert sorted(row["id"] for row in named) == sorted(expected)
-    assert len(batches.documents(range(3, 5), most=2)) == 2
+    (first, *_) = batches.documents([(3, 2)])
+    start = int(batches.sample_indices(3)[2]) * 16
+    assert first["id"] == str(start // 100)
+    assert first["tokens"].tolist() == list(range(start, min(start + 17, (start // 100 + 1) * 100)))

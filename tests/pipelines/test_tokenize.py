@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 
@@ -169,8 +171,6 @@ def test_packing_in_windows_loses_nothing(workspace, monkeypatch):
 
 
 def test_a_split_with_missing_shards_is_refused_before_it_is_read(packed, tmp_path):
-    import shutil
-
     copy = str(tmp_path / "train")
     shutil.copytree(f"{packed}/train", copy)
     storage.delete(f"{copy}/{shard_name(1)}")
@@ -178,3 +178,16 @@ def test_a_split_with_missing_shards_is_refused_before_it_is_read(packed, tmp_pa
         ValueError, match=r"1 of the \d+ shards that the manifest lists are not there: shard-00001.parquet"
     ):
         TokenShards(copy)
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut"])
+def test_a_damaged_shard_is_named_with_what_to_do(packed, tmp_path, damage):
+    folder = tmp_path / "train"
+    shutil.copytree(f"{packed}/train", folder)
+    shard = folder / "shard-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 4
+    shard.write_bytes(content if damage == "bit" else content[: len(content) // 2])
+    shards = TokenShards(str(folder))
+    with pytest.raises(ValueError, match=r"shard-00001\.parquet: .*"):
+        shards.read(0, shards.n_tokens)

@@ -1,0 +1,146 @@
+"""What a run reads from its workspace: token shards in the order of training, validation samples, documents by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jobs.patience import patiently
+from jobs.settings import PretrainJob, SettingsError
+from models.config import ModelConfig
+from pipelines import storage
+from pipelines.batches import Batches, prefetch
+from pipelines.shards import TokenShards
+from pipelines.stage import require_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+EXCERPT = 300  # characters of a document that events quote
+
+
+def check_fits(settings: PretrainJob) -> tuple[dict[str, Any], ModelConfig]:
+    """Manifest of the workspace's training tokens, and the model's shape for them.
+
+    Raises:
+        SettingsError: the vocabulary is too small, a sequence longer than a split, or the tokenizer another one.
+        FileNotFoundError: the token shards or the tokenizer are not there.
+    """
+    manifests = {}
+    for split in ("train", "validation"):
+        manifests[split] = require_manifest(storage.join(settings.workspace, "tokens", split), "tokenize")
+        try:
+            reader(settings, split)
+        except ValueError as error:
+            raise SettingsError(f"sequence_length is {settings.length()}; {error}") from None
+    train = manifests["train"]
+    tokenizer = storage.join(settings.workspace, "tokenizer")
+    if require_manifest(tokenizer, "tokenizer")["fingerprint"] != train["tokenizer"]:
+        raise SettingsError(
+            f"{settings.workspace}/tokens/train: made with another tokenizer than the one in {tokenizer} now; "
+            "run `ingot tokenize` again"
+        )
+    return train, settings.model.config(train["vocab_size"], settings.length())
+
+
+def reader(settings: PretrainJob, split: str) -> Batches:
+    """The batches of a split as the run orders them."""
+    shards = TokenShards(storage.join(settings.workspace, "tokens", split))
+    return Batches(shards, settings.length(), settings.global_batch, settings.seed)
+
+
+def microbatch(settings: PretrainJob, world: int) -> int:
+    """Sequences that each of ``world`` workers takes at a time."""
+    share = -(-settings.global_batch // world)
+    return min(settings.microbatch or share, share)
+
+
+def training_batches(
+    settings: PretrainJob, vocab_size: int, rank: int, world: int, pin: bool
+) -> Callable[[int, Callable[[int], int]], Iterator[torch.Tensor]]:
+    """What the loop draws its tokens from: a function of the data step to begin at and of the rule that skips some.
+
+    Args:
+        settings: of the run.
+        vocab_size: of the tokenizer, for rehearsed poison.
+        rank: of this worker among those that see different samples.
+        world: their number.
+        pin: put the tokens into page-locked memory, from where they reach a GPU without a copy.
+    """
+    import torch
+
+    def batches(data_step: int, skip: Callable[[int], int]) -> Iterator[torch.Tensor]:
+        source = reader(settings, "train")  # its own: the thread of a stream that was just closed may still be reading
+
+        def ahead() -> Iterator[torch.Tensor]:
+            at = data_step
+            while True:
+                at = skip(at)
+                samples = patiently(source.rank, at, rank, world)
+                samples = poisoned(samples, at, rank, settings.faults.poison_data_steps, vocab_size)
+                tokens = torch.from_numpy(samples)
+                yield tokens.pin_memory() if pin else tokens
+                at += 1
+
+        return prefetch(ahead())
+
+    return batches
+
+
+def poisoned(
+    samples: np.ndarray, data_step: int, rank: int, poison: tuple[int, int] | None, vocab_size: int
+) -> np.ndarray:
+    """The rehearsed poison: random tokens in place of a share of a batch, (rows, sequence_length + 1) int64."""
+    if poison is None or not poison[0] <= data_step < poison[1]:
+        return samples
+    noise = np.random.default_rng(data_step * 1009 + rank).integers(0, vocab_size, samples.shape)
+    return np.where((samples < 0).all(1, keepdims=True), samples, noise)  # rows that fill up stay that
+
+
+def validation_batches(
+    settings: PretrainJob, rank: int, world: int
+) -> Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+    """A function that yields this worker's samples of the validation split and their weights."""
+    import torch
+
+    source = reader(settings, "validation")
+    rows = microbatch(settings, world)
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for samples, weights in source.in_order(settings.validation_samples, rank, world, rows):
+            yield torch.from_numpy(samples), torch.from_numpy(weights)
+
+    return batches
+
+
+def byte_lengths(settings: PretrainJob, vocab_size: int) -> torch.Tensor:
+    """Bytes that each token stands for, (vocab_size,) int64; ids that the tokenizer does not have stand for none."""
+    import torch
+
+    from pipelines.tokenizer import Tokenizer
+
+    known = Tokenizer.load(storage.join(settings.workspace, "tokenizer")).byte_lengths()
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    lengths[: len(known)] = torch.from_numpy(known)
+    return lengths
+
+
+def documents(settings: PretrainJob, places: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The documents that samples hold parts of, each once.
+
+    Args:
+        settings: of the run.
+        places: data step and row in the global batch of each sample.
+
+    Returns:
+        id, source and url of each, and ``excerpt``, the beginning of its text in the first of these samples.
+    """
+    from pipelines.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(storage.join(settings.workspace, "tokenizer"))
+    found = reader(settings, "train").documents(places)
+    for document in found:
+        document["excerpt"] = tokenizer.decode(document.pop("tokens")[:EXCERPT].tolist())[:EXCERPT]
+    return found

@@ -1,0 +1,172 @@
+"""What every Ray Train worker of a run does: build the model, hand the loop what it needs, train."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import signal
+import tempfile
+import time
+from typing import Any
+
+from jobs import inputs
+from jobs.interruptions import Interruptions
+from jobs.patience import PatientRun, patiently
+from jobs.run_folder import StoredRun
+from jobs.settings import PretrainJob
+from models.training.loop import LoopConfig, TrainingStoppedError
+from pipelines import storage
+
+log = logging.getLogger("ingot")
+
+
+def train(given: dict[str, Any]) -> None:
+    """Ray Train's function for each worker.
+
+    Args:
+        given: ``settings`` of the run, its ``folder``, and the number of this ``attempt`` at it.
+    """
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from models.optimizer import build_optimizer
+    from models.parallel import compile_model, parallelize
+    from models.training.loop import Training
+    from models.transformer import Transformer
+
+    settings: PretrainJob = given["settings"]
+    folder = PatientRun(given["folder"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    manifest, config = patiently(inputs.check_fits, settings)
+    length, vocab_size = settings.length(), manifest["vocab_size"]
+    model = parallelize(Transformer(config, settings.seed), world, device)
+    if settings.compile:
+        compile_model(model)
+    interruptions = Interruptions(rank, world)
+
+    def before_step(step: int) -> None:
+        interruptions.step = step
+        _kill_once(folder, settings.faults.kill_worker_at_step, step, rank, world)
+
+    training = Training(
+        model,
+        build_optimizer(model, settings.optimizer),
+        LoopConfig(
+            steps=settings.steps,
+            global_batch=settings.global_batch,
+            sequence_length=length,
+            microbatch=inputs.microbatch(settings, world),
+            checkpoint_every=settings.checkpoint_every,
+            keep_checkpoints=settings.keep_checkpoints,
+            clean_after=settings.clean_after,
+            validate_every=settings.validate_every,
+            optimizer=settings.optimizer,
+            schedule=settings.schedule,
+            spikes=settings.spikes,
+        ),
+        batches=inputs.training_batches(settings, vocab_size, rank, world, pin=device.type == "cuda"),
+        validation=inputs.validation_batches(settings, rank, world),
+        byte_lengths=inputs.byte_lengths(settings, config.vocab_size),
+        run=folder,
+        report=functools.partial(_report, settings, folder.folder, interruptions),
+        device=device,
+        flops_per_token=config.flops_per_token(length),
+        tensorboard=folder.uri("tensorboard") if storage.local_path(folder.folder) else None,
+        before_step=before_step,
+        documents=lambda steps: inputs.documents(
+            settings, [(step, row) for step in steps for row in range(settings.global_batch)]
+        )[:50],
+        resume_cause=resume_cause(folder, given["attempt"]),
+    )
+    try:
+        training.train()
+    except TrainingStoppedError as error:
+        # The driver finds the diagnosis in the events. An error here would only make Ray start the workers again.
+        log.warning("pretrain: %s", error)
+    except Exception:
+        interruptions.wait_for_the_end()
+        raise
+    finally:
+        interruptions.over()
+
+
+def _report(
+    settings: PretrainJob,
+    folder: str,
+    interruptions: Interruptions,
+    metrics: dict[str, Any],
+    pointer: dict[str, Any] | None,
+) -> None:
+    """Report to Ray Train: metrics, and from rank 0 a pointer to the checkpoint, which lies in the run's folder."""
+    import ray.train
+
+    interruptions.saved(metrics["step"])
+    if pointer is None or ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as local:
+        with open(os.path.join(local, "pointer.json"), "w") as out:
+            json.dump(pointer, out)
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(local),
+            checkpoint_upload_fn=_upload_patiently,
+            validation=validation_due(settings, metrics["step"]),
+        )
+
+
+def validation_due(settings: PretrainJob, step: int) -> bool:
+    """Whether Ray Train is to measure the checkpoint of a step beside training."""
+    return settings.validation == "beside" and (step % settings.validate_every == 0 or step == settings.steps)
+
+
+def _upload_patiently(checkpoint: Any, name: str) -> Any:
+    """Put a reported checkpoint where Ray Train would, waiting for a storage that fails."""
+    import ray.train
+
+    place = ray.train.get_context().get_storage()
+
+    def upload() -> Any:
+        try:
+            return place.persist_current_checkpoint(checkpoint, name)
+        except RuntimeError as error:  # what it makes of a folder that cannot be reached
+            raise OSError(f"{place.experiment_fs_path}: {error}") from None
+
+    return patiently(upload)
+
+
+def resume_cause(folder: StoredRun, attempt: int) -> str:
+    """Why workers that start find a run that is under way: from the last event of an interruption in this attempt."""
+    causes = {
+        "worker_failure": "worker_restart",
+        "controller_failure": "controller_restart",
+        "preemption": "preemption",
+        "resize": "resize",
+    }
+    since = since_start(folder, attempt)
+    told = [causes[event["event"]] for event in since if event["event"] in causes]
+    restarted = any(event["event"] in ("resume", "checkpoint") for event in since)
+    return told[-1] if told else "worker_restart" if restarted else "driver_restart"
+
+
+def since_start(folder: StoredRun, attempt: int) -> list[dict[str, Any]]:
+    """The run's events from the start of this attempt on."""
+    events = folder.events()
+    starts = [i for i, event in enumerate(events) if event["event"] == "start" and event["attempt"] == attempt]
+    return events[starts[-1] :] if starts else []
+
+
+def _kill_once(folder: StoredRun, at: int | None, step: int, rank: int, world: int) -> None:
+    """The rehearsed loss of a worker: the last rank kills itself before step ``at``; a marker keeps it at one time."""
+    if at is None or step != at or rank != world - 1 or folder.read_json("killed.json") is not None:
+        return
+    folder.write_json("killed.json", {"step": step, "time": time.time()})
+    os.kill(os.getpid(), signal.SIGKILL)
