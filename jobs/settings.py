@@ -180,6 +180,10 @@ class PretrainJob(InWorkspace):
     """Restarts of the workers after a crash before the job gives up; -1 for no limit."""
     max_preemptions: int = -1
     """Restarts of the workers after nodes that announced their end; -1 for no limit."""
+    track: list[Literal["wandb", "mlflow"]] = field(default_factory=list)
+    """Where to track the run beside its own files, TensorBoard and Ray's metrics; has to be installed."""
+    report_every: float = 30.0
+    """Seconds between two drawings of the run's page, report.html, while it trains; 0 leaves that to `ingot report`."""
     faults: Faults = field(default_factory=Faults)
     """Failures to rehearse."""
 
@@ -199,6 +203,7 @@ class PretrainJob(InWorkspace):
             self.min_workers,
             f"null, or from 1 to workers, {self.workers}",
         )
+        require(self.report_every >= 0, "report_every", self.report_every, "at least 0")
         require(self.validation_gpus >= 0, "validation_gpus", self.validation_gpus, "at least 0")
         require(
             self.validation == "within" or self.validate_every % self.checkpoint_every == 0,
