@@ -92,6 +92,7 @@ class TokenShards:
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._cached_groups = cached_groups
         self._side: tuple[int, Any, Any] = (-1, None, None)
+        self._sources: tuple[np.ndarray, np.ndarray, np.ndarray, list[str]] | None = None
 
     def _check_all_there(self) -> None:
         files = [file.uri.split("/") for file in storage.list_files(self.folder)]
@@ -172,6 +173,43 @@ class TokenShards:
             if len(starts) and starts[0] <= start:
                 break
         return found
+
+    def tokens_by_source(self, starts: np.ndarray, length: int) -> dict[str, int]:
+        """How many tokens of the ranges ``[start, start + length)`` belong to documents of each source.
+
+        The first call reads where all documents lie, some 20 bytes for each, which is kept.
+
+        Args:
+            starts: (k,) int64 offsets; ranges that overlap count as often as there are of them.
+            length: of each range.
+        """
+        if self._sources is None:
+            self._sources = self._read_sources()
+        begins, lengths, of, names = self._sources
+        whole = np.zeros(len(begins) + 1, np.int64)  # how many ranges begin before a document less those that end there
+        told = np.zeros(len(names), np.int64)
+        for offsets, sign in ((starts + length, 1), (starts, -1)):
+            # Tokens before an offset: whole documents up to the one that it lies in, and a part of that.
+            inside = np.searchsorted(begins, offsets, "right") - 1
+            covered = inside >= 0
+            inside = inside[covered]
+            parts = np.minimum(offsets[covered] - begins[inside], lengths[inside])
+            np.add.at(told, of[inside], sign * parts)
+            whole += sign * np.bincount(inside, minlength=len(whole))
+        times = np.cumsum(whole[::-1])[::-1][1:]  # ranges that hold the whole document
+        np.add.at(told, of, times * lengths)
+        return {name: int(count) for name, count in zip(names, told, strict=True) if count}
+
+    def _read_sources(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+        """Of all documents in order: the first token's offset, the number of tokens, the source's place in the list."""
+        tables = []
+        for shard in range(-(-self.n_tokens // self.shard_tokens)):
+            file = storage.open_parquet(storage.join(self.folder, "documents", shard_name(shard)))
+            tables.append(file.read(columns=["start", "length", "source"]))
+        table = pa.concat_tables(tables)
+        sources = table["source"].combine_chunks().fill_null("").dictionary_encode()
+        names = sources.dictionary.to_pylist()
+        return table["start"].to_numpy(), table["length"].to_numpy(), sources.indices.to_numpy(), names
 
     def _documents(self, shard: int) -> tuple[pa.Table, np.ndarray]:
         """A shard's side table and the offsets where its documents begin; the last one read is kept."""
