@@ -93,14 +93,31 @@ class Batches:
 
     def sample_indices(self, data_step: int) -> np.ndarray:
         """Which samples the batch holds, (global_batch,) int64."""
-        first = data_step * self.global_batch
-        places = np.arange(first, first + self.global_batch)
+        return self._samples_at(np.array([data_step]))
+
+    def _samples_at(self, data_steps: np.ndarray) -> np.ndarray:
+        """The samples of the batches of data steps, (steps * global_batch,) int64."""
+        places = (data_steps[:, None] * self.global_batch + np.arange(self.global_batch)).ravel()
         epochs, inside = np.divmod(places, self.n_samples)
         out = np.empty(self.global_batch, np.int64)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
             out[rows] = permuted(inside[rows], self.n_samples, (self.seed << 32) ^ int(epoch))
         return out
+
+    def tokens_by_source(self, data_steps: np.ndarray) -> dict[str, int]:
+        """How many targets of the batches of data steps belong to documents of each source; padding to none.
+
+        Args:
+            data_steps: (k,) int64, each counted as often as it is there.
+        """
+        told: dict[str, int] = {}
+        # Some million samples at a time: a long run has more than fit into memory.
+        for some in np.array_split(data_steps, -(-len(data_steps) * self.global_batch // 2**21) or 1):
+            starts = self._samples_at(some) * self._stride + 1  # the first token of a sample is no target
+            for source, count in self.shards.tokens_by_source(starts, self.sequence_length).items():
+                told[source] = told.get(source, 0) + count
+        return told
 
     def rank(self, data_step: int, rank: int, world_size: int) -> np.ndarray:
         """One worker's share of a batch, (ceil(global_batch / world_size), sequence_length + 1) int64.
