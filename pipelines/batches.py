@@ -99,7 +99,7 @@ class Batches:
         """The samples of the batches of data steps, (steps * global_batch,) int64."""
         places = (data_steps[:, None] * self.global_batch + np.arange(self.global_batch)).ravel()
         epochs, inside = np.divmod(places, self.n_samples)
-        out = np.empty(self.global_batch, np.int64)
+        out = np.empty(len(places), np.int64)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
             out[rows] = permuted(inside[rows], self.n_samples, (self.seed << 32) ^ int(epoch))
