@@ -70,6 +70,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
+        self.attend = causal_attention
         kv_dim = config.n_kv_heads * config.head_dim
         self.w_q = Linear(config.d_model, config.d_model)
         self.w_k = Linear(config.d_model, kv_dim)
@@ -89,7 +90,7 @@ class Attention(nn.Module):
         q, k, v = rotate(q, rotary).transpose(1, 2), rotate(k, rotary).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.w_o(causal_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.w_o(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -178,6 +179,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         reduction: Reduction = "mean",
         loss_chunk: int | None = None,
+        start: int = 0,
     ) -> Tensor:
         """Logits, or the loss when there are targets.
 
@@ -191,6 +193,7 @@ class Transformer(nn.Module):
             positions: one place in each sequence, (B,), int64: logits are made of these alone.
             reduction: of the loss: "mean", "sum" or "none".
             loss_chunk: tokens whose logits exist at one time; None suits the device.
+            start: position of the first token, where others come before it (context parallel).
 
         Returns:
             Logits (B, T, vocab), or (B, vocab) at `positions`, in the compute dtype; or the loss in nats, fp32, a
@@ -202,7 +205,7 @@ class Transformer(nn.Module):
         """
         if targets is not None and positions is not None:
             raise ValueError("positions choose logits, but with targets the loss of all positions is computed")
-        start = 0 if cache is None else cache.length
+        start = start if cache is None else cache.length
         stop = start + tokens.shape[1]
         if stop > self.config.max_seq_len:
             raise ValueError(f"the sequence has {stop} tokens, but model.max_seq_len is {self.config.max_seq_len}")
