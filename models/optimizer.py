@@ -16,7 +16,7 @@ from models.muon import orthogonalize, splits, update_scale
 from models.transformer import Transformer
 from models.widths import role, scales
 
-_BATCH = 2**26  # entries of whole matrices that a rank orthogonalizes at a time: 128 MB in bf16, some four times held
+_BATCH = 2**26  # entries of whole matrices that a rank orthogonalizes at a time: 128 MB in bf16, held some eight times
 
 
 class Optimizer(torch.optim.Optimizer):

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from models.config import ModelConfig, OptimizerConfig
@@ -168,6 +168,14 @@ def layouts(rank):
             local = orthogonalize(local, splits(pieces[0]), first=3)
             expected = [distribute_tensor(m, mesh, placements).to_local() for m in newton_schulz(whole)]
             torch.testing.assert_close(local, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+    # a sum over ranks that is still to be made, as tensor parallelism leaves it
+    loose = nn.Module()
+    loose.weight = nn.Parameter(distribute_tensor(torch.zeros(4), line, [Replicate()]))
+    loose.weight.grad = DTensor.from_local(torch.ones(4), line, [Partial()], run_check=False)
+    torch.testing.assert_close(grad_norm(loose), torch.tensor(8.0))
+    Optimizer([{"params": [loose.weight]}], lr=1.0).step()
+    torch.testing.assert_close(loose.weight.to_local(), -torch.ones(4))
     return results
 
 
