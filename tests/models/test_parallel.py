@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from models.config import ModelConfig, OptimizerConfig
-from models.optimizer import build_optimizer, clip_grad_norm
+from models.optimizer import build_optimizer, grad_norm
 from models.parallel import compile_model, parallelize, set_gradient_sync
 from models.transformer import Transformer
 
@@ -33,7 +33,9 @@ def train(config, rank, world_size):
             loss = model(mine[:, :-1], mine[:, 1:]) / 2
             loss.backward()
             total += loss.detach()
-        norms.append(clip_grad_norm(model, 0.5).item())
+        norm = grad_norm(model)
+        norms.append(norm.item())
+        optimizer.grad_scale = (norm / 0.5).clamp(min=1)
         optimizer.step()
         optimizer.zero_grad()
         if world_size > 1:
