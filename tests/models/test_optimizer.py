@@ -7,6 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models.optimizer as optimizer_module
 from models.config import ModelConfig, OptimizerConfig, ScheduleConfig
@@ -167,6 +168,28 @@ def test_a_skipped_step_leaves_every_bit(bad, kind, before):
         loss_of(again).backward()
         reference.step()
     assert same_bits(everything(model, optimizer), everything(again, reference))
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_guarded_step_reads_nothing_back(kind):
+    model = Transformer(TINY, seed=1)
+    optimizer = build_optimizer(model, OptimizerConfig(kind=kind))
+    loss_of(model).backward()
+    with NoHostReads():
+        norm = grad_norm(model)
+        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.grad_scale = norm.clamp(min=1.0)
+        optimizer.step()
+        with pytest.raises(AssertionError):
+            norm.item()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
