@@ -15,7 +15,7 @@ from pipelines.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import torch
 
-    from models.training.checkpoints import Entry
+    from models.training.ledger import Entry
     from models.transformer import Transformer
 
 log = logging.getLogger("ingot")
@@ -77,7 +77,7 @@ def load(settings: OfRun, device: str | None = None) -> Trained:
 
 def _checkpoint(folder: StoredRun, settings: OfRun) -> Entry:
     """The checkpoint of ``settings.step``, or the newest usable one."""
-    from models.training.checkpoints import LEDGER, Ledger
+    from models.training.ledger import LEDGER, Ledger
 
     ledger = Ledger.from_dict(folder.read_json(LEDGER))
     if settings.step is None:

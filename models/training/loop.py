@@ -1,18 +1,21 @@
 """The training loop: one visible loop over steps, which skips outliers, and goes back when the loss spikes.
 
 It knows neither Ray nor files: batches, validation, the run's folder and the way to report are handed in, so that it
-runs in a unit test without a process group and in a thousand workers unchanged.
+runs in a unit test without a process group and in a thousand workers unchanged. Between checkpoints the host never
+waits for the device: it issues a step, and reads what the one before came to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,20 +23,28 @@ from torch import Tensor, nn
 
 from models.config import OptimizerConfig, ScheduleConfig
 from models.loss import IGNORE, inputs_and_targets
-from models.optimizer import clip_grad_norm, learning_rate
-from models.parallel import set_gradient_sync
+from models.optimizer import easing, learning_rate
 from models.training import checkpoints
-from models.training.checkpoints import Entry, Ledger
+from models.training.checkpoints import Checkpointer, Written, persistently
+from models.training.ledger import LEDGER, Entry, Ledger, Status
 from models.training.metrics import MetricsWriter, peak_flops
-from models.training.spikes import SpikeConfig, SpikeDetector, Verdict
+from models.training.profile import Profiler
+from models.training.spikes import LAG, Limits, SpikeConfig, SpikeDetector, Verdict
 from models.training.state import RunFolder, TrainingStoppedError, TrainState
+from models.training.step import Issued, Stepper
 
 log = logging.getLogger("ingot")
+
+_WORST_SAMPLES = 5  # named in the event of a rollback
 
 
 @dataclass
 class LoopConfig:
-    """What the loop does when; lengths in optimizer steps."""
+    """What the loop does when; lengths in optimizer steps.
+
+    A data step is ``global_batch`` samples, in the order of the data. A step takes one of them, or as many as
+    ``batch_ramp`` says: pairs of a step and the number of data steps that each step from there on takes.
+    """
 
     steps: int
     global_batch: int
@@ -46,27 +57,63 @@ class LoopConfig:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     spikes: SpikeConfig
+    keep_every: int | None = None
+    keep_best: bool = False
+    host_snapshots: int = 2
+    async_checkpoints: bool = True
+    interrupt_every: int = 10
+    batch_ramp: list[tuple[int, int]] = field(default_factory=list)
+    profile: tuple[int, int] | None = None
+
+    def data_steps(self, step: int) -> int:
+        """How many data steps the step after ``step`` ones takes."""
+        return next((many for start, many in reversed(self.batch_ramp) if step >= start), 1)
+
+
+class Pending(NamedTuple):
+    """A step that was issued and not read yet."""
+
+    step: int
+    data_steps: list[int]
+    tokens: int
+    rate: float
+    limits: Limits
+    issued: Issued
+
+
+class Spike(NamedTuple):
+    """Why the run has to go back, and the step that showed it."""
+
+    pending: Pending
+    loss: float
+    verdict: Verdict
 
 
 class Training:
     """One run: the parts handed in, and the state that checkpoints carry.
 
     Args:
-        model: built and sharded; ``model(tokens, targets)`` gives the mean loss in nats.
+        model: built and sharded; ``model(tokens, targets, reduction=...)`` gives the loss in nats.
         optimizer: over its parameters.
         config: lengths and settings.
-        batches: from a data step on, yields this rank's tokens, (global_batch / world, sequence_length + 1) int64, of
-            the data steps that the second argument maps to (it skips ranges); -100 is padding at a sequence's end.
-        validation: yields this rank's ``(tokens, weights)`` of the validation split; every rank the same number.
+        batches: from a data step on, yields this rank's tokens, (global_batch / data_world rounded up,
+            sequence_length + 1) int64, of the data steps that the second argument maps to (it skips ranges); -100 is
+            padding at a sequence's end, and fills whole sequences where the batch does not divide.
+        validation: yields this rank's ``(tokens, weights)`` of the validation split, every rank the same number; None
+            when it is measured elsewhere.
         byte_lengths: bytes each token stands for, (vocab_size,) int64.
         run: the run's folder.
-        report: called by all ranks with metrics and a pointer (JSON) to each new checkpoint.
+        report: called by all ranks at the same step with metrics and a pointer (JSON) to a durable checkpoint.
         device: where the model is.
         flops_per_token: of forward and backward pass, for the model FLOPs utilization.
-        tensorboard: folder for TensorBoard's files, or None.
+        metrics: where the numbers go; rank 0 alone has it.
         before_step: called with the step about to be taken.
-        documents: names the documents of data steps, for the events; called by rank 0 alone.
+        documents: what stands in samples of the global batches, given as (data step, place in its batch); called by
+            rank 0 alone.
+        interrupt: called by all ranks every ``interrupt_every`` steps; a reason to save at once, or None.
         resume_cause: what to call a resume in the events.
+        data_rank: this rank's place among those that share a global batch, and their number; None is its rank in the
+            whole group.
     """
 
     def __init__(
@@ -76,28 +123,58 @@ class Training:
         config: LoopConfig,
         *,
         batches: Callable[[int, Callable[[int], int]], Iterator[Tensor]],
-        validation: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+        validation: Callable[[], Iterable[tuple[Tensor, Tensor]]] | None,
         byte_lengths: Tensor,
         run: RunFolder,
         report: Callable[[dict[str, Any], dict[str, Any] | None], None],
         device: torch.device,
         flops_per_token: float,
-        tensorboard: str | None = None,
+        metrics: MetricsWriter | None = None,
         before_step: Callable[[int], None] | None = None,
-        documents: Callable[[range], list[dict[str, Any]]] | None = None,
+        documents: Callable[[list[tuple[int, int]]], list[dict[str, Any]]] | None = None,
+        interrupt: Callable[[], str | None] | None = None,
         resume_cause: str = "driver_restart",
+        data_rank: tuple[int, int] | None = None,
     ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.batches, self.validation, self.byte_lengths = batches, validation, byte_lengths.to(device)
-        self.run, self.report, self.device = run, report, device
-        self.before_step, self.resume_cause, self.documents = before_step, resume_cause, documents
+        self.run, self.report, self.device, self.metrics = run, report, device, metrics
+        self.before_step, self.documents, self.interrupt = before_step, documents, interrupt
+        self.resume_cause = resume_cause
         self.rank, self.world = checkpoints.rank_and_world()
+        self.data_rank, data_world = data_rank or (self.rank, self.world)
+        # ranks that hold the same samples follow one another: the first of them speaks
+        self.speaks = self.rank % (self.world // data_world) == 0
+        self.share = -(-config.global_batch // data_world)
         self.state, self.detector, self.ledger = TrainState(), SpikeDetector(config.spikes), Ledger()
+        self.checkpoints = Checkpointer(
+            run,
+            model,
+            optimizer,
+            device,
+            snapshots=config.host_snapshots,
+            background=config.async_checkpoints,
+        )
+        self.stepper = Stepper(
+            model,
+            optimizer,
+            device,
+            microbatch=config.microbatch,
+            grad_clip=config.optimizer.grad_clip,
+            data_world=data_world,
+            speaks=self.speaks,
+            remember=config.spikes.patience + 2 * LAG + 2,
+            before_update=self.checkpoints.before_update,
+        )
+        self.profiler = Profiler(run, config.profile, self.rank)
         peak = peak_flops(device)
         self.peak_tokens_per_second = peak * self.world / flops_per_token if peak else None
-        self.metrics = MetricsWriter(run, tensorboard) if self.rank == 0 else None
+        self.pending: deque[Pending] = deque()
+        self.events: list[str] = []  # lines that storage did not take yet
         self.last_loss: float | None = None
         self.validation_losses: dict[str, float] = {}
+        self.validated_at = -1
+        self.began = 0.0
 
     def train(self) -> dict[str, float]:
         """Run from the newest usable checkpoint, or from the start, to ``config.steps``; returns the final losses.
@@ -105,99 +182,152 @@ class Training:
         Raises:
             TrainingStoppedError: too many rollbacks.
         """
-        config, state = self.config, self._start()
-        stream = self.batches(state.data_step, state.next_data_step)
-        began = time.perf_counter()
-        while state.step < config.steps:
-            if self.before_step is not None:
-                self.before_step(state.step)
-            data_step = state.next_data_step(state.data_step)
-            loss, grad_norm = self._forward_backward(next(stream))
-            verdict = self.detector.observe(data_step, loss, grad_norm)
+        try:
+            self._start()
+            stream = self._stream()
+            while True:
+                ended = self.state.step == self.config.steps
+                reason = None
+                if not ended:
+                    self._issue(stream)
+                    reason = self._interrupted()
+                due = ended or self._due() or reason is not None
+                spike = self._read(behind=0 if due else LAG)
+                if spike is not None:
+                    stream.close()
+                    self._roll_back(spike)
+                    stream = self._stream()
+                elif ended:
+                    break
+                elif due:
+                    self._housekeeping(reason)
+            stream.close()
+            return self._finish()
+        finally:
+            self.profiler.stop()
+            self.checkpoints.close()
+            if self.metrics is not None:
+                self.metrics.flush()
+
+    # Steps
+
+    def _stream(self) -> Iterator[Tensor]:
+        self.began = time.perf_counter()
+        return self.batches(self.state.data_step, self.state.next_data_step)
+
+    def _issue(self, stream: Iterator[Tensor]) -> None:
+        """Issue the next step to the device and move on as if it had been taken."""
+        config, state = self.config, self.state
+        if self.before_step is not None:
+            self.before_step(state.step)
+        self.profiler.before(state.step)
+        rate = learning_rate(state.step, config.steps, config.optimizer.lr, config.schedule)
+        rate *= easing(state.step, self.ledger.rolled_back_to, config.spikes.ease, config.spikes.ease_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        data_steps, parts = [], []
+        for _ in range(config.data_steps(state.step)):
+            data_steps.append(state.next_data_step(state.data_step))
+            state.data_step = data_steps[-1] + 1
+            parts.append(next(stream))
+        limits = self.detector.next_limits()
+        samples = parts[0] if len(parts) == 1 else torch.cat(parts)
+        issued = self.stepper.step(samples, data_steps[0], limits, signal=self.checkpoints.written)
+        state.step += 1
+        state.data_step = state.next_data_step(state.data_step)
+        state.tokens += len(data_steps) * config.global_batch * config.sequence_length
+        self.pending.append(Pending(state.step, data_steps, state.tokens, rate, limits, issued))
+
+    def _read(self, behind: int) -> Spike | None:
+        """Read what the steps came to, all but the last ``behind``; a spike among them makes the rest void."""
+        while len(self.pending) > behind:
+            pending = self.pending.popleft()
+            outcome = pending.issued.read()
+            verdict = self.detector.observe(pending.data_steps[0], outcome.loss, outcome.grad_norm, pending.limits)
             if verdict.spike:
-                stream.close()
-                self._roll_back(data_step, loss, verdict)
-                state = self.state
-                stream = self.batches(state.data_step, state.next_data_step)
-                began = time.perf_counter()
-                continue
-            rate = learning_rate(state.step, config.steps, config.optimizer.lr, config.schedule)
-            if verdict.outlier:
-                self._event("outlier", loss=loss, median=_number(verdict.median), reason=verdict.reason)
+                self.pending.clear()
+                return Spike(pending, outcome.loss, verdict)
+            seconds, self.began = outcome.ended - self.began, outcome.ended
+            if outcome.applied:
+                self.last_loss = outcome.loss
             else:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                self.optimizer.step()
-                self.last_loss = loss
-            self.optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            state.data_step = state.next_data_step(data_step + 1)
-            state.tokens += config.global_batch * config.sequence_length
-            now = time.perf_counter()
-            self._record(data_step, loss, grad_norm, rate, now - began)
-            if self._housekeeping():
-                now = time.perf_counter()  # checkpoints and validation are not the step's own time
-            began = now
-        stream.close()
-        return self._finish()
+                self._event(
+                    "outlier",
+                    step=pending.step,
+                    data_step=pending.data_steps[0],
+                    loss=_number(outcome.loss),
+                    grad_norm=_number(outcome.grad_norm),
+                    median=_number(verdict.median),
+                    reason=verdict.reason,
+                )
+            if self.metrics is not None:
+                self._record(pending, outcome, seconds)
+            if outcome.signals == self.stepper.data_world:
+                self._commit()
+        return None
 
-    # One step
+    def _record(self, pending: Pending, outcome: Any, seconds: float) -> None:
+        speed = len(pending.data_steps) * self.config.global_batch * self.config.sequence_length / seconds
+        row = {
+            "step": pending.step,
+            "data_step": pending.data_steps[0],
+            "loss": _number(outcome.loss),
+            "lr": pending.rate,
+            "grad_norm": _number(outcome.grad_norm),
+            "tokens": pending.tokens,
+            "tokens_per_second": speed,
+            "mfu": speed / self.peak_tokens_per_second if self.peak_tokens_per_second else None,
+            "seconds": seconds,
+            "batch_hash": f"{outcome.batch_hash:016x}",
+        }
+        if len(pending.data_steps) > 1:
+            row["data_steps"] = len(pending.data_steps)
+        if not outcome.applied:
+            row["skipped"] = True
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        self.metrics.write(row)
 
-    def _forward_backward(self, tokens: Tensor) -> tuple[float, float]:
-        """Gradients of the mean loss over the global batch, clipped; returns that loss and the norm before clipping."""
-        tokens = tokens.to(self.device, non_blocking=True)
-        pieces = tokens.split(self.config.microbatch)
-        total = torch.zeros((), device=self.device)
-        for i, piece in enumerate(pieces):
-            set_gradient_sync(self.model, i == len(pieces) - 1)
-            loss = self.model(*inputs_and_targets(piece)) / len(pieces)
-            loss.backward()
-            total += loss.detach().float()
-        norm = clip_grad_norm(self.model, self.config.optimizer.grad_clip)
-        if self.world > 1:
-            dist.all_reduce(total)
-        # One transfer for both numbers; all ranks see the same ones, so all decide alike.
-        loss, grad_norm = torch.stack([total / self.world, norm.float()]).tolist()
-        return loss, grad_norm
+    # Between steps
 
-    def _record(self, data_step: int, loss: float, grad_norm: float, rate: float, seconds: float) -> None:
-        if self.metrics is None:
-            return
-        speed = self.config.global_batch * self.config.sequence_length / seconds
-        self.metrics.write(
-            {
-                "step": self.state.step,
-                "data_step": data_step,
-                "loss": _number(loss),
-                "lr": rate,
-                "grad_norm": _number(grad_norm),
-                "tokens": self.state.tokens,
-                "tokens_per_second": speed,
-                "mfu": speed / self.peak_tokens_per_second if self.peak_tokens_per_second else None,
-                "seconds": seconds,
-            }
-        )
+    def _interrupted(self) -> str | None:
+        """Ask now and then whether to save at once; the device goes on meanwhile."""
+        if self.interrupt is None or self.state.step % self.config.interrupt_every:
+            return None
+        return self.interrupt()
 
-    def _housekeeping(self) -> bool:
-        """Validate and save when it is time; True when something was done."""
+    def _due(self) -> bool:
+        """Whether something is to be done after this step for which all steps have to be read."""
         config, step = self.config, self.state.step
-        if self.detector.in_a_row == 0 and self.ledger.mark_clean(step, config.clean_after):
-            self._write_ledger()
-        due = step % config.validate_every == 0 and step < config.steps
-        if due:
-            self._validate()
-        if step % config.checkpoint_every == 0 and step < config.steps:
-            # Not in the middle of outliers: such weights may be what is wrong, or about to be undone.
-            if self.detector.in_a_row == 0:
-                self._save()
-            return True
-        return due
+        often = (config.validate_every, config.checkpoint_every)
+        return any(step % every == 0 for every in often) or self.profiler.ends_at(step)
 
-    # Validation
+    def _housekeeping(self, interrupted: str | None) -> None:
+        """Validate and save when it is time, and save at once when the run is about to be interrupted."""
+        config, step = self.config, self.state.step
+        self.profiler.after(step)
+        # Not in the middle of outliers: such weights may be what is wrong, or about to be undone.
+        sound = self.detector.in_a_row == 0
+        if sound and self.ledger.mark_clean(step, config.clean_after):
+            self._write_ledger()
+        if step < config.steps and step % config.validate_every == 0:
+            self._validate()
+        if step < config.steps and step % config.checkpoint_every == 0 and sound:
+            self._save()
+        if interrupted is not None:
+            began = time.perf_counter()
+            if sound:
+                self._save()
+                self._commit()
+            self._event("interrupt", reason=interrupted, saved=sound, seconds=round(time.perf_counter() - began, 3))
+        self._tell()
+        self.began = time.perf_counter()  # what is done here is not the steps' own time
 
     @torch.no_grad()
     def _validate(self) -> None:
         """Mean loss over the validation samples, in nats a token and in bits a byte of their text."""
+        if self.validation is None or self.validated_at == self.state.step:
+            return
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in self.validation():
             tokens, weights = (part.to(self.device) for part in batch)
@@ -214,82 +344,140 @@ class Training:
             "validation_loss": nats / tokens,
             "validation_bits_per_byte": nats / math.log(2) / size,
         }
+        self.validated_at = self.state.step
         if self.metrics is not None:
             self.metrics.write({"step": self.state.step, **self.validation_losses})
 
-    # Checkpoints and recovery
+    # Checkpoints
 
-    def _start(self) -> TrainState:
+    def _save(self, status: Status = "pending") -> None:
+        """Begin a checkpoint of this step, unless there is one; the one before is waited for."""
+        state = self.state
+        self._commit()
+        if any(entry.step == state.step for entry in self.ledger.usable()):
+            return
+        facts = {
+            "state": state.state_dict(),
+            "detector": self.detector.state_dict(),
+            "loss": self.last_loss,
+            "status": status,
+            "validation_loss": self.validation_losses.get("validation_loss")
+            if self.validated_at == state.step
+            else None,
+        }
+        self.checkpoints.begin(state.step, f"checkpoints/step-{state.step:08d}", facts)
+        if not self.checkpoints.background:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Enter the checkpoint that was begun into the ledger, once every rank has written its part."""
+        written = self.checkpoints.collect()
+        if written is None:
+            return
+        times = {"pause": round(written.pause, 4), "write": round(written.seconds, 3)}
+        if written.error is not None:
+            log.warning("step %d: the checkpoint was not written: %s", written.step, written.error)
+            self._event("checkpoint_failed", step=written.step, folder=written.folder, error=written.error, **times)
+            return
+        if self._undone(written):
+            if self.rank == 0:
+                self._delete(written.folder)
+            return
+        state = TrainState.from_dict(written.facts["state"])
+        self.ledger.add(
+            Entry(
+                state.step,
+                state.data_step,
+                state.tokens,
+                written.facts["loss"],
+                written.folder,
+                written.facts["status"],
+                validation_loss=written.facts["validation_loss"],
+            )
+        )
+        expired = self.ledger.expire(self.config.keep_checkpoints, self.config.keep_every, self.config.keep_best)
+        if self.metrics is not None:
+            self.metrics.flush()
+        self._write_ledger()
+        if self.rank == 0:
+            for entry in expired:
+                self._delete(entry.folder)
+        self._event("checkpoint", step=written.step, folder=written.folder, **times)
+        self._report(written.folder, written.step, written.facts["loss"])
+
+    def _undone(self, written: Written) -> bool:
+        """Whether the run went back to before a checkpoint while it was written."""
+        return written.facts["state"]["skips"] != self.ledger.skips
+
+    def _delete(self, folder: str) -> None:
+        with contextlib.suppress(OSError):  # the next start deletes what the ledger calls deleted
+            self.run.delete(folder)
+
+    def _report(self, folder: str, step: int, loss: float | None) -> None:
+        metrics = {"step": step, "loss": loss, **self.validation_losses}
+        self.report(metrics, {"folder": folder, "skips": self.ledger.skips, **metrics})
+
+    def _write_ledger(self) -> None:
+        if self.rank == 0:
+            content = self.ledger.to_dict()
+            persistently(lambda: self.run.write_json(LEDGER, content), self.run.uri(LEDGER))
+
+    # Start and recovery
+
+    def _start(self) -> None:
         """Resume from the newest usable checkpoint; a new run validates and saves its untrained weights first."""
-        self.ledger = Ledger.from_dict(self._read_ledger())
+        content = [self.run.read_json(LEDGER) if self.rank == 0 else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(content, src=0)
+        self.ledger = Ledger.from_dict(content[0])
         if self.rank == 0:
             for entry in self.ledger.entries:
                 if entry.deleted:  # a kill between the ledger and the deletion may have left it
-                    self.run.delete(entry.folder)
+                    self._delete(entry.folder)
         for entry in list(self.ledger.usable()):
-            if self._load(entry):
-                self._event("resume", cause=self.resume_cause, from_step=entry.step, world_size=self.world)
+            began = time.perf_counter()
+            if self._restore(self.checkpoints.load(entry.folder)):
+                if self.config.host_snapshots:
+                    facts = {"state": self.state.state_dict(), "detector": self.detector.state_dict()}
+                    self.checkpoints.remember(entry.step, entry.folder, {**facts, "loss": self.last_loss})
+                seconds = round(time.perf_counter() - began, 3)
+                self._event(
+                    "resume", cause=self.resume_cause, from_step=entry.step, world_size=self.world, load=seconds
+                )
                 self._undo_metrics()
-                return self.state
+                return
             entry.status = "corrupt"
             self._event("corrupt_checkpoint", checkpoint_step=entry.step, folder=entry.folder)
             self._write_ledger()
         self.state.skips = [list(r) for r in self.ledger.skips]  # bad data stays bad when every checkpoint is lost
         self._validate()
         self._save(status="clean")  # nothing that could be wrong has happened to these weights
-        return self.state
 
-    def _read_ledger(self) -> dict[str, Any] | None:
-        content = [self.run.read_json(checkpoints.LEDGER) if self.rank == 0 else None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(content, src=0)
-        return content[0]
-
-    def _write_ledger(self) -> None:
-        if self.rank == 0:
-            self.run.write_json(checkpoints.LEDGER, self.ledger.to_dict())
-
-    def _save(self, status: checkpoints.Status = "pending") -> None:
-        state = self.state
-        folder = f"checkpoints/step-{state.step:08d}"
-        if self.metrics is not None:
-            self.metrics.flush()
-        facts = {"state": state.state_dict(), "detector": self.detector.state_dict(), "loss": self.last_loss}
-        checkpoints.save(self.run, folder, self.model, self.optimizer, facts)
-        self.ledger.add(Entry(state.step, state.data_step, state.tokens, self.last_loss, folder, status))
-        expired = self.ledger.expire(self.config.keep_checkpoints)
-        self._write_ledger()
-        if self.rank == 0:
-            for entry in expired:
-                self.run.delete(entry.folder)
-        self._event("checkpoint", folder=folder)
-        self._report(folder)
-
-    def _report(self, folder: str) -> None:
-        metrics = {"step": self.state.step, "loss": self.last_loss, **self.validation_losses}
-        self.report(metrics, {"folder": folder, "skips": self.ledger.skips, **metrics})
-
-    def _load(self, entry: Entry) -> bool:
-        """Put model, optimizer, state and detector back to a checkpoint; the ledger's skips outlive it."""
-        facts = checkpoints.load(self.run, entry.folder, self.model, self.optimizer)
+    def _restore(self, facts: dict[str, Any] | None) -> bool:
+        """Put state and detector to what a checkpoint holds, if it holds anything; the ledger's skips outlive it."""
         if facts is None:
             return False
         self.state = TrainState.from_dict(facts["state"])
         self.state.skips = [list(r) for r in self.ledger.skips]
+        # the checkpoint may lie right before data that was given up since
+        self.state.data_step = self.state.next_data_step(self.state.data_step)
         self.detector.load_state_dict(facts["detector"])
         self.last_loss = facts["loss"]
         self.optimizer.zero_grad(set_to_none=True)
         return True
 
-    def _roll_back(self, data_step: int, loss: float, verdict: Verdict) -> None:
+    def _roll_back(self, spike: Spike) -> None:
         """Go back to the newest clean checkpoint before the spike, for good skip the data that led into it.
 
         Raises:
             TrainingStoppedError: this would be one rollback too many, or no clean checkpoint can be read.
         """
-        config, step = self.config.spikes, self.state.step
-        first = self.detector.first_outlier if self.detector.first_outlier is not None else data_step
-        self._event("spike", loss=_number(loss), median=_number(verdict.median), reason=verdict.reason, data_step=first)
+        began = time.perf_counter()
+        config, verdict = self.config.spikes, spike.verdict
+        step, last = spike.pending.step, spike.pending.data_steps[-1]
+        first = self.detector.first_outlier if self.detector.first_outlier is not None else spike.pending.data_steps[0]
+        told = {"step": step, "reason": verdict.reason}
+        self._event("spike", loss=_number(spike.loss), median=_number(verdict.median), data_step=first, **told)
         recent = [s for s in self.ledger.rollbacks if s > step - config.rollback_window]
         if len(recent) >= config.max_rollbacks:
             self._stop(
@@ -298,37 +486,76 @@ class Training:
                 "spikes.max_rollbacks allows. Look at the learning rate, the gradient norms before the spikes, and the "
                 f"data steps that were skipped: {self.ledger.skips}"
             )
-        skip = [max(first - config.lead_in, 0), data_step + 1 + config.skip_after]
+        skip = [max(first - config.lead_in, 0), last + 1 + config.skip_after]
         state = TrainState(skips=self.ledger.skips)
         state.skip(*skip)
         self.ledger.skips = state.skips
         self.ledger.rollbacks.append(step)
-        for entry in list(self.ledger.clean_before(skip[0])) or list(self.ledger.clean_before(data_step)):
-            if self._load(entry):
-                break
-            entry.status = "corrupt"
-            self._event("corrupt_checkpoint", checkpoint_step=entry.step, folder=entry.folder)
-        else:
-            self._stop(f"step {step}: {verdict.reason}; no clean checkpoint is left to go back to")
+        self.ledger.mark_clean(step - self.detector.in_a_row, self.config.clean_after)
+        entry, source = self._go_back(step, skip[0], last, verdict)
         self.ledger.poison_after(entry.step)
+        self.ledger.rolled_back_to = entry.step
+        self.checkpoints.forget_after(entry.step)
         self._write_ledger()  # before any step is taken: a crash from here on finds the skip and the poisoned ones
+        worst = self._worst(first, last)
+        seconds = time.perf_counter() - began
         self._event(
             "rollback",
-            step=step,
             from_step=step,
             to_step=entry.step,
             checkpoint_status=entry.status,
+            source=source,
+            seconds=round(seconds, 3),
             skipped=skip,
-            reason=verdict.reason,
-            documents=self._documents(range(first, data_step + 1)),
+            documents=worst,
+            **told,
         )
         self._undo_metrics()
-        log.warning("step %d: %s; back to step %d, data steps %s skipped", step, verdict.reason, entry.step, skip)
-        self._report(entry.folder)
+        log.warning(
+            "step %d: %s; back to step %d from %s, data steps %s skipped",
+            step,
+            verdict.reason,
+            entry.step,
+            source,
+            skip,
+        )
+        self._report(entry.folder, entry.step, self.last_loss)
 
-    def _documents(self, data_steps: range) -> list[dict[str, Any]]:
-        """What the outliers were trained on, as far as it is known."""
-        return self.documents(data_steps) if self.documents is not None and self.rank == 0 else []
+    def _go_back(self, step: int, before: int, last: int, verdict: Verdict) -> tuple[Entry, str]:
+        """Put everything back to the newest clean checkpoint that can be read: it, and where it was read from."""
+        for entry in list(self.ledger.clean_before(before)) or list(self.ledger.clean_before(last)):
+            if self._restore(self.checkpoints.recall(entry.step)):
+                return entry, "memory"
+            if self._restore(self.checkpoints.load(entry.folder)):
+                return entry, "storage"
+            entry.status = "corrupt"
+            self._event("corrupt_checkpoint", checkpoint_step=entry.step, folder=entry.folder)
+        self._stop(f"step {step}: {verdict.reason}; no clean checkpoint is left to go back to")
+        raise AssertionError  # _stop does not return
+
+    def _worst(self, first: int, last: int) -> list[dict[str, Any]]:
+        """The samples with the highest losses in the data steps from ``first`` to ``last``, and what stands in them."""
+        steps = {data_step for data_step, _ in self.stepper.sample_losses if first <= data_step <= last}
+        mine = [
+            (loss, data_step + place // self.share, self.data_rank * self.share + place % self.share)
+            for loss, data_step, place in (self.stepper.worst(steps, _WORST_SAMPLES) if self.speaks else [])
+        ]
+        shares = [mine]
+        if dist.is_initialized():
+            shares = [None] * self.world
+            dist.all_gather_object(shares, mine, group=self.checkpoints.read_group)
+        if self.rank != 0 or self.documents is None:
+            return []
+        rows = sorted((row for share in shares for row in share), key=lambda row: -_finite(row[0]))[:_WORST_SAMPLES]
+        try:
+            found = self.documents([(data_step, place) for _, data_step, place in rows])
+        except (OSError, ValueError) as error:
+            log.warning("the documents of the spike could not be read: %s", error)
+            return []
+        return [
+            {"loss": _number(loss), "data_step": data_step, "sample": place, **document}
+            for (loss, data_step, place), document in zip(rows, found, strict=True)
+        ]
 
     def _undo_metrics(self) -> None:
         """Tell readers of the metrics that the rows so far count only up to the step the run has gone back to."""
@@ -337,17 +564,15 @@ class Training:
 
     def _stop(self, diagnosis: str) -> None:
         self._event("stop", diagnosis=diagnosis)
-        if self.metrics is not None:
-            self.metrics.flush()
         raise TrainingStoppedError(diagnosis)
 
     def _finish(self) -> dict[str, float]:
         saved = next((entry for entry in self.ledger.usable() if entry.step == self.state.step), None)
         self._validate()
-        if saved is None:
-            self._save()
-        else:  # an attempt that was killed at the very end may not have come to that
-            self._report(saved.folder)
+        self._save()
+        self._commit()
+        if saved is not None:  # an attempt that was killed at the very end may not have come to that
+            self._report(saved.folder, saved.step, self.last_loss)
         for entry in self.ledger.usable():
             entry.status = "clean"  # no step follows that could show otherwise
         self._write_ledger()
@@ -356,12 +581,28 @@ class Training:
         self._event("end", loss=self.last_loss, **self.validation_losses)
         return {"step": self.state.step, "loss": self.last_loss, **self.validation_losses}
 
+    # Events
+
     def _event(self, event: str, **facts: Any) -> None:
         if self.rank == 0:
-            line = {"time": time.time(), "event": event, "step": self.state.step, **facts}
-            self.run.append_line("events.jsonl", json.dumps(line))
+            self.events.append(json.dumps({"time": time.time(), "event": event, "step": self.state.step, **facts}))
+            self._tell()
+
+    def _tell(self) -> None:
+        """Write the events that are not on storage yet; where it fails they wait for the next time."""
+        try:
+            while self.events:
+                self.run.append_line("events.jsonl", self.events[0])
+                del self.events[0]
+        except OSError as error:
+            log.warning("%s: %s; %d events wait", self.run.uri("events.jsonl"), error, len(self.events))
 
 
 def _number(value: float) -> float | None:
     """JSON has no infinities."""
     return value if math.isfinite(value) else None
+
+
+def _finite(value: float) -> float:
+    """A number to sort by: what is not finite comes first."""
+    return value if math.isfinite(value) else math.inf

@@ -134,9 +134,7 @@ class MetricsWriter:
             self._queue.put(None)
             self._feeder.join(_CLOSING_SECONDS)
             if self._feeder.is_alive():
-                log.warning(
-                    "metrics: sinks did not take all rows in %.0f s; the files have them", _CLOSING_SECONDS
-                )
+                log.warning("metrics: sinks did not take all rows in %.0f s; the files have them", _CLOSING_SECONDS)
 
     def _store_now_and_then(self) -> None:
         while not self._closed.wait(self.every):

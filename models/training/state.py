@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
+from models.loss import IGNORE
+
 
 class TrainingStoppedError(RuntimeError):
     """The run went back too often; the message says what it saw."""
@@ -77,3 +82,27 @@ class TrainState:
     def from_dict(cls, state: dict[str, Any]) -> TrainState:
         """What ``state_dict`` gave."""
         return cls(**state)
+
+
+def batch_hash(samples: Tensor) -> Tensor:
+    """A number that tells which samples a batch holds: the sum, modulo 2^64, of a hash of each one's tokens.
+
+    The sum over the workers' shares is that of the whole batch, in whatever way it was shared out, so the numbers that
+    a run writes down prove which tokens its steps saw. Samples of nothing but padding count as nothing.
+
+    Args:
+        samples: (n, T + 1) int64 token ids, -100 for padding.
+
+    Returns:
+        int64 scalar, on the samples' device; nothing waits for it.
+    """
+    places = torch.arange(1, samples.shape[1] + 1, device=samples.device)
+    rows = (samples * (_mixed(places) | 1)).sum(1)  # odd multipliers, so that no token is lost in the low bits
+    return (_mixed(rows) * (samples != IGNORE).any(1)).sum()
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Finalizer of splitmix64 (Steele et al. 2014) on int64, whose products wrap and whose shifts are made logical."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & (2**33 - 1))

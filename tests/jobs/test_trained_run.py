@@ -19,7 +19,7 @@ from jobs.trained import load
 from models.config import ModelConfig, OptimizerConfig
 from models.optimizer import build_optimizer
 from models.training import checkpoints
-from models.training.checkpoints import Entry, Ledger
+from models.training.ledger import LEDGER, Entry, Ledger
 from models.transformer import Transformer
 from pipelines import storage
 from pipelines.shards import write_shard
@@ -57,7 +57,7 @@ def make_workspace(folder, *, letters_are_tokens):
         optimizer = build_optimizer(model, OptimizerConfig())
         checkpoints.save(run, f"checkpoints/step-{step:08d}", model, optimizer, {})
         ledger.add(Entry(step, step, step, 1.0, f"checkpoints/step-{step:08d}", status))
-    run.write_json(checkpoints.LEDGER, ledger.to_dict())
+    run.write_json(LEDGER, ledger.to_dict())
     return workspace
 
 

@@ -12,10 +12,11 @@ import torch
 from jobs.run_folder import valid_steps
 from models.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from models.optimizer import build_optimizer
-from models.training.checkpoints import Entry, Ledger
+from models.training.ledger import Entry, Ledger
 from models.training.loop import LoopConfig, Training, TrainingStoppedError
+from models.training.metrics import MetricsWriter
 from models.training.spikes import SpikeConfig
-from models.training.state import TrainState
+from models.training.state import TrainState, batch_hash
 from models.transformer import Transformer
 
 CONFIG = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=64, max_seq_len=16)
@@ -66,12 +67,16 @@ class Folder:
         return [row for row in rows if kind is None or row["event"] == kind]
 
     def losses(self):
+        return {row["step"]: row["loss"] for row in self.rows()}
+
+    def rows(self):
+        """The rows of the steps that were not undone, by step."""
         rows = []
         for name in os.listdir(self.uri("metrics")):
             with open(self.uri(f"metrics/{name}")) as file:
                 rows += [json.loads(line) for line in file]
         rows.sort(key=lambda row: row["time"])
-        return {step: row["loss"] for step, row in valid_steps(rows).items()}
+        return list(valid_steps(rows).values())
 
 
 def batch(data_step):
@@ -84,10 +89,38 @@ class Killed(BaseException):
     pass
 
 
-def training(folder, *, steps=60, poison=range(0), kill_at=None, spikes=None, seen=None, microbatch=8, reports=None):
+def training(
+    folder,
+    *,
+    poison=range(0),
+    kill_at=None,
+    seen=None,
+    reports=None,
+    interrupt=None,
+    data=None,
+    storage=Folder,
+    world=1,
+    **changes,
+):
     """A run over ``batch``; the data steps in ``poison`` are noise, and the process "dies" before ``kill_at``."""
     model = Transformer(CONFIG, 0)
-    optimizer = OptimizerConfig(lr=1e-2)
+    given = {
+        "steps": 60,
+        "global_batch": 8,
+        "sequence_length": 16,
+        "microbatch": 8,
+        "checkpoint_every": 10,
+        "keep_checkpoints": 2,
+        "clean_after": 6,
+        "validate_every": 20,
+        "optimizer": OptimizerConfig(lr=1e-2),
+        "schedule": ScheduleConfig(warmup_steps=5),
+        "spikes": SpikeConfig(window=30, recent=8, min_history=8, skip_after=2, threshold=10),
+        "async_checkpoints": False,  # so that it is known which checkpoint a kill finds
+        "interrupt_every": 7,
+    }
+    config = LoopConfig(**{**given, **changes})
+    data = data or batch
 
     def batches(data_step, skip):
         while True:
@@ -95,38 +128,29 @@ def training(folder, *, steps=60, poison=range(0), kill_at=None, spikes=None, se
             if seen is not None:
                 seen.append(data_step)
             generator = torch.Generator().manual_seed(10_000 + data_step)
-            yield torch.randint(0, 64, (8, 17), generator=generator) if data_step in poison else batch(data_step)
+            yield torch.randint(0, 64, (8, 17), generator=generator) if data_step in poison else data(data_step)
             data_step += 1
 
     def before_step(step):
         if step == kill_at:
             raise Killed
 
+    run = storage(folder)
     return Training(
         model,
-        build_optimizer(model, optimizer),
-        LoopConfig(
-            steps=steps,
-            global_batch=8,
-            sequence_length=16,
-            microbatch=microbatch,
-            checkpoint_every=10,
-            keep_checkpoints=2,
-            clean_after=6,
-            validate_every=20,
-            optimizer=optimizer,
-            schedule=ScheduleConfig(warmup_steps=5),
-            spikes=spikes or SpikeConfig(window=30, recent=8, min_history=8, skip_after=2, threshold=10),
-        ),
+        build_optimizer(model, config.optimizer),
+        config,
         batches=batches,
         validation=lambda: [(batch(10**6), torch.tensor([1.0] * 6 + [0.0] * 2))],
         byte_lengths=torch.full((64,), 3),
-        run=Folder(folder),
+        run=run,
         report=lambda metrics, pointer: reports.append((metrics, pointer)) if reports is not None else None,
         device=torch.device("cpu"),
         flops_per_token=CONFIG.flops_per_token(16),
+        metrics=MetricsWriter(run),
         before_step=before_step,
-        documents=lambda data_steps: [{"id": str(step)} for step in data_steps],
+        documents=lambda places: [{"id": f"{data_step}/{place}"} for data_step, place in places],
+        interrupt=interrupt,
     )
 
 
@@ -193,7 +217,11 @@ def test_poisoned_data_is_rolled_back_and_skipped_for_good(tmp_path):
     (rollback,) = events.events("rollback")
     assert rollback["checkpoint_status"] == "clean"
     assert rollback["to_step"] == 30
-    assert {row["id"] for row in rollback["documents"]} == {"43", "44", "45"}
+    assert {row["data_step"] for row in rollback["documents"]} <= {43, 44, 45}
+    losses = [row["loss"] for row in rollback["documents"]]
+    assert len(losses) == 5
+    assert losses == sorted(losses, reverse=True)
+    assert rollback["source"] == "memory"
     start, end = rollback["skipped"]
     assert start <= 43
     assert end >= 47
@@ -215,8 +243,7 @@ def test_a_crash_right_after_a_rollback_still_skips(tmp_path):
             if '"rollback"' in line:
                 raise Killed
 
-    run = training(tmp_path / "run", poison=range(43, 47))
-    run.run = Dies(tmp_path / "run")
+    run = training(tmp_path / "run", poison=range(43, 47), storage=Dies)
     with pytest.raises(Killed):
         run.train()
     seen = []
@@ -270,8 +297,7 @@ def test_a_run_killed_at_its_very_end_still_reports_its_last_checkpoint(tmp_path
             if '"checkpoint", "step": 60' in line:
                 raise Killed
 
-    run = training(tmp_path / "run")
-    run.run = Dies(tmp_path / "run")
+    run = training(tmp_path / "run", storage=Dies)
     with pytest.raises(Killed):
         run.train()
     reports = []
@@ -299,6 +325,198 @@ def test_a_damaged_checkpoint_is_recognized_and_the_one_before_is_used(tmp_path,
     whole = training(tmp_path / "whole")
     whole.train()
     assert events.losses() == Folder(tmp_path / "whole").losses()
+
+
+def test_writing_beside_the_training_changes_nothing(tmp_path):
+    training(tmp_path / "within").train()
+    for name in ("beside", "poisoned", "poisoned beside"):
+        poison = range(43, 47) if "poisoned" in name else range(0)
+        reports = []
+        beside = training(
+            tmp_path / name, poison=poison, reports=reports, async_checkpoints="beside" in name, host_snapshots=2
+        )
+        beside.train()
+        steps = [entry.step for entry in beside.ledger.entries]
+        assert steps == list(range(0, 61, 10))
+        assert all(pointer["folder"] == f"checkpoints/step-{metrics['step']:08d}" for metrics, pointer in reports)
+        for event in Folder(tmp_path / name).events("checkpoint"):
+            assert event["pause"] >= 0
+    assert Folder(tmp_path / "beside").losses() == Folder(tmp_path / "within").losses()
+    assert Folder(tmp_path / "poisoned").losses() == Folder(tmp_path / "poisoned beside").losses()
+
+
+@pytest.mark.parametrize(("snapshots", "source"), [(2, "memory"), (0, "storage")])
+def test_a_rollback_is_the_same_from_memory_and_from_storage(tmp_path, snapshots, source):
+    run = training(tmp_path / "run", poison=range(43, 47), host_snapshots=snapshots)
+    run.train()
+    (rollback,) = Folder(tmp_path / "run").events("rollback")
+    assert (rollback["source"], rollback["to_step"]) == (source, 30)
+    expected = training(tmp_path / "expected", data=lambda step: batch(step if step < 41 else step + 7))
+    expected.train()  # never saw the window, and went through no rollback
+    assert rollback["skipped"] == [41, 48]
+    assert Folder(tmp_path / "run").losses() == Folder(tmp_path / "expected").losses()
+
+
+def test_the_rows_of_a_run_prove_which_tokens_it_saw(tmp_path):
+    with pytest.raises(Killed):
+        training(tmp_path / "run", poison=range(43, 47), kill_at=37).train()
+    training(tmp_path / "run", poison=range(43, 47), microbatch=3).train()
+    folder = Folder(tmp_path / "run")
+    (skip,) = folder.read_json("ledger.json")["skips"]
+    expected = [step for step in range(100) if not skip[0] <= step < skip[1]][:60]
+    rows = folder.rows()
+    assert [row["data_step"] for row in rows] == expected
+    assert [row["batch_hash"] for row in rows] == [hash_by_hand(batch(step)) for step in expected]
+
+
+def hash_by_hand(samples):
+    """`batch_hash` with Python's integers."""
+    mask = 2**64 - 1
+
+    def mixed(x):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    rows = [sum(token * (mixed(place) | 1) for place, token in enumerate(row, 1)) & mask for row in samples.tolist()]
+    return f"{sum(map(mixed, rows)) & mask:016x}"
+
+
+def test_the_hash_of_a_batch_is_the_sum_of_its_shares_and_knows_order_and_padding():
+    samples = batch(3)
+    whole = batch_hash(samples)
+    fill = torch.full((2, 17), -100)
+    assert batch_hash(samples[:3]) + batch_hash(torch.cat([samples[3:], fill])) == whole
+    assert batch_hash(samples.flip(0)) == whole
+    assert batch_hash(samples.flip(1)) != whole
+
+
+def test_samples_that_only_fill_up_change_nothing(tmp_path):
+    training(tmp_path / "plain", steps=12).train()
+    fill = torch.full((3, 17), -100)
+    training(tmp_path / "filled", steps=12, data=lambda step: torch.cat([batch(step), fill]), microbatch=4).train()
+    plain, filled = Folder(tmp_path / "plain").losses(), Folder(tmp_path / "filled").losses()
+    assert list(filled.values()) == pytest.approx(list(plain.values()), rel=1e-5)
+
+
+def test_padding_within_samples_counts_for_nothing(tmp_path):
+    """The loss is the mean over the targets that count of the whole batch, not a mean of microbatches' means."""
+
+    def padded(step):
+        samples = batch(step).clone()
+        for row, length in enumerate((3, 17, 9, 17, 5, 17, 17, 12)):
+            samples[row, length:] = -100
+        return samples
+
+    run = training(tmp_path / "run", steps=1, data=padded, microbatch=2)
+    expected_loss = torch.nn.functional.cross_entropy(
+        run.model(padded(0)[:, :-1].clamp(min=0)).flatten(0, 1), padded(0)[:, 1:].flatten(), ignore_index=-100
+    )
+    run.train()
+    assert Folder(tmp_path / "run").losses()[1] == pytest.approx(expected_loss.item(), rel=1e-5)
+
+
+def test_a_growing_batch_takes_the_data_in_order_and_once(tmp_path):
+    def ramped(folder, **changes):
+        return training(folder, steps=30, batch_ramp=[(0, 1), (10, 2), (20, 4)], **changes)
+
+    ramped(tmp_path / "whole").train()
+    rows = Folder(tmp_path / "whole").rows()
+    assert [row["data_step"] for row in rows] == [*range(10), *range(10, 30, 2), *range(30, 70, 4)]
+    assert rows[-1]["tokens"] == 70 * 8 * 16
+    together = torch.cat([batch(step) for step in range(66, 70)])
+    assert rows[-1]["batch_hash"] == hash_by_hand(together)
+    with pytest.raises(Killed):
+        ramped(tmp_path / "killed", kill_at=25).train()
+    ramped(tmp_path / "killed").train()
+    assert Folder(tmp_path / "killed").losses() == Folder(tmp_path / "whole").losses()
+
+
+def test_an_announced_interruption_leaves_a_checkpoint_at_once(tmp_path):
+    reports = []
+    asked = []
+
+    def interrupt():
+        asked.append(1)
+        return "preemption" if len(asked) == 5 else None
+
+    with pytest.raises(Killed):
+        training(
+            tmp_path / "run", interrupt=interrupt, reports=reports, kill_at=36, checkpoint_every=100,
+            async_checkpoints=True,
+        ).train()  # fmt: skip
+    events = Folder(tmp_path / "run")
+    (told,) = events.events("interrupt")
+    assert (told["step"], told["reason"], told["saved"]) == (35, "preemption", True)
+    assert reports[-1][1]["folder"] == "checkpoints/step-00000035"
+    training(tmp_path / "run", checkpoint_every=100).train()
+    assert events.events("resume")[0]["from_step"] == 35
+
+
+def test_a_storage_that_fails_for_a_while_costs_nothing_but_checkpoints(tmp_path, monkeypatch):
+    """Every write fails in the steps from 20 on to 40: the run goes on, and what it has to tell is told later."""
+    monkeypatch.setattr("models.training.checkpoints._RETRY_AFTER", (0.01,))
+    away = []
+
+    class Away(Folder):
+        def write_text(self, name, text):
+            if away and not name.startswith("ledger"):
+                raise OSError("no space left on device")
+            super().write_text(name, text)
+
+        def append_line(self, name, line):
+            if away:
+                raise OSError("no space left on device")
+            super().append_line(name, line)
+
+    run = training(tmp_path / "run", storage=Away, async_checkpoints=True)
+    run.before_step = lambda step: away.append(1) if step == 15 else away.clear() if step == 45 else None
+    run.train()
+    training(tmp_path / "whole").train()
+    folder = Folder(tmp_path / "run")
+    assert folder.losses() == Folder(tmp_path / "whole").losses()
+    failed = [event["step"] for event in folder.events("checkpoint_failed")]
+    assert failed in ([20, 30], [20, 30, 40])  # the last one may come to its second attempt after that
+    assert "no space left" in folder.events("checkpoint_failed")[0]["error"]
+    written = [event["step"] for event in folder.events("checkpoint")]
+    assert sorted(failed + written) == list(range(0, 61, 10))
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000020").exists()
+
+
+def test_checkpoints_are_kept_by_every_rule(tmp_path):
+    run = training(tmp_path / "run", keep_checkpoints=1, keep_every=20, keep_best=True)
+    run.train()
+    kept = [entry.step for entry in run.ledger.usable()]
+    assert kept == [60, 50, 40, 20]  # the newest, the newest that was clean, and every twentieth
+    ledger = Ledger()
+    for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (40, None), (50, None)):
+        ledger.add(Entry(step, step, step, 1.0, f"s{step}", "clean", validation_loss=loss))
+    ledger.expire(1, every=None, best=True)
+    assert [entry.step for entry in ledger.usable()] == [50, 20]
+
+
+def test_a_planted_spike_is_seen_within_five_steps_and_without_the_guard_it_hurts(tmp_path):
+    """Ten times the learning rate on noise: the guard leaves it out; without it the run ends visibly worse."""
+    final = {}
+    for name, poison, enabled in (("plain", False, True), ("guarded", True, True), ("unguarded", True, False)):
+        spikes = SpikeConfig(window=30, recent=8, min_history=8, skip_after=2, threshold=10, enabled=enabled)
+        run = training(tmp_path / name, poison=range(43, 55) if poison else range(0), steps=80, spikes=spikes)
+        issue = run._issue
+
+        def hot(stream, issue=issue, run=run, poison=poison):
+            lr = run.config.optimizer.lr
+            run.config.optimizer.lr = lr * 10 if poison and 43 <= run.state.data_step < 55 else lr
+            issue(stream)
+            run.config.optimizer.lr = lr
+
+        run._issue = hot
+        final[name] = run.train()["validation_loss"]
+        rollbacks = Folder(tmp_path / name).events("rollback")
+        assert bool(rollbacks) == (name == "guarded")
+        if rollbacks:
+            assert rollbacks[0]["step"] <= 43 + 5
+    assert final["guarded"] == pytest.approx(final["plain"], rel=0.15)
+    assert final["unguarded"] > 1.5 * final["plain"]
 
 
 def test_checkpoints_are_reported_and_old_ones_deleted(tmp_path):
@@ -340,4 +558,4 @@ def test_steps_that_a_rollback_has_undone_do_not_count(tmp_path):
     with pytest.raises(Killed):
         run.train()
     run.metrics.flush()
-    assert list(Folder(tmp_path / "run").losses()) == list(range(1, 35))  # the first attempt had come to step 45
+    assert list(Folder(tmp_path / "run").losses()) == list(range(1, 34))  # the first attempt had come to step 45

@@ -1,0 +1,172 @@
+"""One optimizer step, issued to the device without waiting for it.
+
+Loss, gradient norm and the verdict on them stay on the device: an update whose loss or gradient norm is beyond the
+limits, or not finite, leaves weights and moments as they are. The numbers are copied to the host beside the work and
+read when the next step has been issued.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from models.loss import IGNORE, inputs_and_targets
+from models.optimizer import grad_norm
+from models.parallel import set_gradient_sync
+from models.training.spikes import Limits
+from models.training.state import batch_hash
+
+
+@dataclass
+class Outcome:
+    """What a step came to, read from the device.
+
+    Attributes:
+        loss: mean over all targets of the global batch, nats.
+        grad_norm: of the whole gradient, before clipping.
+        applied: whether the weights were changed.
+        signals: how many ranks raised their hand when the step was issued.
+        batch_hash: `models.training.state.batch_hash` of the global batch, modulo 2^64.
+        ended: `time.perf_counter()` when the step was known to have ended.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    signals: int
+    batch_hash: int
+    ended: float
+
+
+class Issued:
+    """A step under way: its numbers, on their way to the host."""
+
+    def __init__(self, numbers: Tensor, facts: Tensor) -> None:
+        self.event: torch.cuda.Event | None = None
+        self.ended = time.perf_counter()
+        if numbers.is_cuda:
+            self.numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            self.facts = torch.empty_like(facts, device="cpu", pin_memory=True).copy_(facts, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.numbers, self.facts = numbers, facts
+
+    def read(self) -> Outcome:
+        """Wait for the step to end; its numbers."""
+        if self.event is not None:
+            self.event.synchronize()
+            self.ended = time.perf_counter()
+        loss, grad_norm, applied, signals = self.numbers.tolist()
+        return Outcome(loss, grad_norm, applied > 0, round(signals), self.facts[0].item() % 2**64, self.ended)
+
+
+class Stepper:
+    """Takes steps of a model.
+
+    Args:
+        model: ``model(tokens, targets, reduction="sum")`` gives the summed loss in nats; gradients come out averaged
+            over the data-parallel ranks.
+        optimizer: its ``step`` honours ``found_inf`` and ``grad_scale``.
+        device: where the model is.
+        microbatch: samples that are taken at a time.
+        grad_clip: largest norm of the gradient; 0 is off.
+        data_world: ranks among which a global batch is shared out.
+        speaks: whether this rank's numbers count: of ranks that hold the same samples, one's do.
+        remember: steps whose losses by sample are kept.
+        before_update: called before weights change.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        *,
+        microbatch: int,
+        grad_clip: float,
+        data_world: int,
+        speaks: bool = True,
+        remember: int = 8,
+        before_update: Callable[[], None] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.microbatch, self.grad_clip = microbatch, grad_clip
+        self.data_world, self.speaks, self.before_update = data_world, speaks, before_update
+        self.sample_losses: deque[tuple[int, Tensor]] = deque(maxlen=remember)
+
+    def backward(self, samples: Tensor, step: int, signal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the mean loss over the global batch.
+
+        Args:
+            samples: this rank's share, (n, T + 1) int64; samples of nothing but -100 only fill it up.
+            step: the name under which the losses by sample are kept.
+            signal: whether this rank raises its hand.
+
+        Returns:
+            The mean loss, fp32; the number of ranks that raised their hand, fp32; and the batch's hash and number of
+            targets, (2,) int64: on the device, the same on every rank.
+        """
+        samples = samples.to(self.device, non_blocking=True)
+        short = -len(samples) % self.microbatch
+        samples = F.pad(samples, (0, 0, 0, short), value=IGNORE) if short else samples
+        facts = torch.stack([batch_hash(samples), (samples[:, 1:] != IGNORE).sum()])
+        self._sum(facts)
+        count = facts[1].clamp(min=1).float()
+        # a sum over the ranks, which average gradients: scaled so that their mean is the gradient of the global mean
+        scale = self.data_world / count
+        pieces = samples.split(self.microbatch)
+        total = torch.zeros((), device=self.device)
+        losses = []
+        for i, piece in enumerate(pieces):
+            set_gradient_sync(self.model, i == len(pieces) - 1)
+            inputs, targets = inputs_and_targets(piece)
+            loss, by_token = self.model(inputs, targets, reduction="sum", token_losses=True)
+            (loss * scale).backward()
+            total += loss.detach().float()
+            losses.append(by_token.sum(1) / (targets != IGNORE).sum(1).clamp(min=1))
+        self.sample_losses.append((step, torch.cat(losses)))
+        numbers = torch.stack([total, torch.full_like(total, float(signal))])
+        self._sum(numbers)
+        loss, signals = numbers.unbind()
+        return loss / count, signals, facts
+
+    def step(self, samples: Tensor, step: int, limits: Limits, signal: bool = False) -> Issued:
+        """Issue one step; the learning rate is set already. Takes what `backward` does, and the limits to judge by."""
+        loss, signals, facts = self.backward(samples, step, signal)
+        norm = grad_norm(self.model)
+        applied = (
+            torch.isfinite(loss) & torch.isfinite(norm) & (loss <= limits.loss) & (norm <= limits.grad_norm)
+        ).float()
+        optimizer = self.optimizer
+        optimizer.found_inf = 1 - applied
+        optimizer.grad_scale = (norm / self.grad_clip).clamp(min=1) if self.grad_clip > 0 else None
+        if self.before_update is not None:
+            self.before_update()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return Issued(torch.stack([loss, norm, applied, signals]), facts)
+
+    def worst(self, steps: set[int], most: int) -> list[tuple[float, int, int]]:
+        """This rank's samples with the highest losses among those of some steps: loss, step, place in its share."""
+        rows = [
+            (loss, step, place)
+            for step, losses in self.sample_losses
+            if step in steps
+            for place, loss in enumerate(losses.tolist())
+        ]
+        return sorted(rows, key=lambda row: -row[0] if row[0] == row[0] else float("-inf"))[:most]
+
+    def _sum(self, numbers: Tensor) -> None:
+        """Over the ranks, in place."""
+        if not self.speaks:
+            numbers.zero_()
+        if dist.is_initialized():
+            dist.all_reduce(numbers)
