@@ -109,10 +109,14 @@ class RunController(ControllerCallback, WorkerGroupCallback):
                 info = current_state.preemption_info
                 left = None if info.deadline_ms is None else round(info.deadline_ms / 1000 - time.time(), 1)
                 self._note("preemption", ranks=info.preempted_ranks, nodes=info.preempted_node_ids, seconds_left=left)
-        elif isinstance(current_state, RestartingState | ErroredState):
+        elif isinstance(current_state, RestartingState):
             self._failed(current_state.training_failed_error)
-        elif isinstance(current_state, ShuttingDownState) and isinstance(current_state.next_state, ErroredState):
-            self._failed(current_state.next_state.training_failed_error)
+        elif isinstance(current_state, ErroredState) or (
+            isinstance(current_state, ShuttingDownState) and isinstance(current_state.next_state, ErroredState)
+        ):
+            last = current_state if isinstance(current_state, ErroredState) else current_state.next_state
+            if not isinstance(previous_state, ShuttingDownState):
+                self._failed(last.training_failed_error)
         elif isinstance(current_state, ReschedulingState) and not isinstance(previous_state, ReschedulingState):
             self._note("waiting_for_nodes", error=_first_line(current_state.training_failed_error))
             self._tell()  # there are no workers

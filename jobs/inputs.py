@@ -128,19 +128,23 @@ def byte_lengths(settings: PretrainJob, vocab_size: int) -> torch.Tensor:
 
 
 def documents(settings: PretrainJob, places: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """The documents that samples hold parts of, each once.
+    """What stands in samples of the training data.
 
     Args:
         settings: of the run.
         places: data step and row in the global batch of each sample.
 
     Returns:
-        id, source and url of each, and ``excerpt``, the beginning of its text in the first of these samples.
+        For each sample id, source and url of the document that has most of it, and ``excerpt``, the beginning of its
+        text there; ``others`` lists the ids of further documents in the sample.
     """
     from pipelines.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(storage.join(settings.workspace, "tokenizer"))
-    found = reader(settings, "train").documents(places)
-    for document in found:
-        document["excerpt"] = tokenizer.decode(document.pop("tokens")[:EXCERPT].tolist())[:EXCERPT]
-    return found
+    source = reader(settings, "train")
+    told = []
+    for data_step, row in places:
+        main, *others = source.documents(data_step, row)
+        text = tokenizer.decode(main.pop("tokens")[:EXCERPT].tolist())[:EXCERPT]
+        told.append({**main, "excerpt": text, "others": [other["id"] for other in others]})
+    return told

@@ -40,11 +40,12 @@ def checkpoint_taken() -> bool:
 
 
 class Interruptions:
-    """Called by all ranks at the same steps; gives all of them the same reason to save now, or None.
+    """Called by all ranks after every step; gives all of them the same reason to save now, or None.
 
-    Of a preemption Ray Train's watcher of nodes tells. Asking it is a collective over an actor, some milliseconds, and
-    so done every few seconds only. A node that is about to go still computes until then: the loop is told at once, and
-    again when there is just time left for one more checkpoint.
+    Rank 0 decides, and the ranks talk about it every ``EVERY_SECONDS``, at a step that they agreed on the time before.
+    Of a preemption Ray Train's watcher of nodes tells; asking it is a collective over an actor, some milliseconds, and
+    so done more rarely. A node that is about to go still computes until then: the loop is told at once, and again
+    when there is just time left for one more checkpoint.
 
     Attributes:
         step: the step that the loop is about to take; it is kept up to date from outside.
@@ -52,20 +53,26 @@ class Interruptions:
     """
 
     EVERY_SECONDS = 2.0
+    LOOK_SECONDS = 4.0
     SPARE_SECONDS = 3.0
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
         self.step = 0
         self.nodes: set[str] = set()
+        self._calls = self._next = 0
         self._deadline: float | None = None
-        self._looked = float("-inf")
+        self._looked = self._talked = float("-inf")
         self._told: float | None = None
         self._saving = 0.0
 
     def __call__(self) -> str | None:
         """``preemption``, ``resize`` or None."""
-        code = self._of_rank_0(self._due() if self.rank == 0 else 0)
+        self._calls += 1
+        if self._calls <= self._next:
+            return None
+        code, wait = self._of_rank_0(*((self._due(), self._wait()) if self.rank == 0 else (0, 0)))
+        self._calls, self._next = 0, wait
         if code & _LOOK and self._notice():
             self._told = time.time()
             return "preemption"
@@ -73,7 +80,7 @@ class Interruptions:
             self._deadline = None
             return "preemption"
         if code & _RESIZE:
-            ASKED.from_step = self.step
+            ASKED.from_step = self.step + 1  # it is under way
             return "resize"
         return None
 
@@ -104,7 +111,7 @@ class Interruptions:
                 self._deadline = None  # too late for another one
         if ASKED.wanted and ASKED.from_step is None:
             code |= _RESIZE
-        if now - self._looked >= self.EVERY_SECONDS:
+        if now - self._looked >= self.LOOK_SECONDS:
             code |= _LOOK
             self._looked = now
         if self._deadline is not None and now >= self._last_moment():
@@ -114,15 +121,21 @@ class Interruptions:
     def _last_moment(self) -> float:
         return self._deadline - 2 * self._saving - self.SPARE_SECONDS
 
-    def _of_rank_0(self, code: int) -> int:
+    def _wait(self) -> int:
+        """Steps until the next talk, by how long the last ones took; few more than before, as first steps are slow."""
+        now = time.monotonic()
+        seconds, self._talked = now - self._talked, now
+        return int(min(self.EVERY_SECONDS / max(seconds, 1e-6) * (self._next + 1), 2 * self._next + 1))
+
+    def _of_rank_0(self, *numbers: int) -> tuple[int, ...]:
         if self.world == 1:
-            return code
+            return numbers
         import torch
         import torch.distributed as dist
 
-        told = torch.tensor(code)  # on the CPU, over gloo: the GPU's queue is not waited for
+        told = torch.tensor(numbers)  # on the CPU, over gloo: the GPU's queue is not waited for
         dist.broadcast(told, src=0)
-        return int(told)
+        return tuple(told.tolist())
 
     def _notice(self) -> bool:
         """Whether a node has been announced to go that was not before."""

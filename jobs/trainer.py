@@ -55,7 +55,7 @@ def fit(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: bool, ca
             if 0 <= settings.max_failures < lost:
                 raise
             pause = min(2.0**lost, _LONGEST_PAUSE)
-            log.warning("pretrain: the controller is lost, started again in %.0f s: %s", pause, cause)
+            log.warning("pretrain: the controller is lost, started again in %.0f s: %s", pause, _first_line(cause))
             if not isinstance(error, ControllerError):  # it could not tell itself
                 _tell(folder, error)
             time.sleep(pause)
@@ -64,9 +64,13 @@ def fit(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: bool, ca
 
 
 def _tell(folder: StoredRun, error: Exception) -> None:
-    told = {"time": time.time(), "event": "controller_failure", "error": str(error).splitlines()[0][:300]}
+    told = {"time": time.time(), "event": "controller_failure", "error": _first_line(error)}
     with contextlib.suppress(OSError):  # of a storage that fails the workers' events tell
         folder.append_line("events.jsonl", json.dumps(told))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _newest(folder: StoredRun) -> Any:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from jobs import inputs
-from jobs.patience import PatientRun
+from jobs.patience import PatientRun, patiently
 from jobs.run_folder import StoredRun
 from jobs.settings import PretrainJob
 from models.loss import IGNORE, inputs_and_targets
 from models.parallel import parallelize
-from models.training.checkpoints import LEDGER, load_weights
+from models.training.checkpoints import load_weights
+from models.training.ledger import LEDGER
 from models.transformer import Transformer
 
 METRICS = "metrics/0-validation.jsonl"  # the first by name: the last one is where the workers write now
@@ -48,11 +49,11 @@ def validate(checkpoint: Any, settings: PretrainJob, folder: str) -> dict[str, f
     except Exception as error:
         # No reason to stop the run, but nothing that may stay unsaid either.
         fact = {"time": time.time(), "event": "validation_failed", "step": entry["step"], "error": str(error)[:300]}
-        run.append_line("events.jsonl", json.dumps(fact))
+        patiently(run.append_line, "events.jsonl", json.dumps(fact))
         raise
     # As old as the checkpoint: when the run has gone back behind it since, this row is undone like its neighbours.
     row = {"step": entry["step"], **losses, "validation_seconds": time.time() - began, "time": entry["time"]}
-    run.append_line(METRICS, json.dumps(row))
+    patiently(run.append_line, METRICS, json.dumps(row))
     return losses
 
 

@@ -16,8 +16,10 @@ from jobs.interruptions import Interruptions
 from jobs.patience import PatientRun, patiently
 from jobs.run_folder import StoredRun
 from jobs.settings import PretrainJob
-from models.training.loop import LoopConfig, TrainingStoppedError
-from pipelines import storage
+from jobs.sinks import sinks_of
+from models.training.loop import LoopConfig
+from models.training.metrics import MetricsWriter
+from models.training.state import TrainingStoppedError
 
 log = logging.getLogger("ingot")
 
@@ -41,6 +43,8 @@ def train(given: dict[str, Any]) -> None:
     folder = PatientRun(given["folder"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    if rank == 0:
+        folder.take_over()
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -54,8 +58,11 @@ def train(given: dict[str, Any]) -> None:
 
     def before_step(step: int) -> None:
         interruptions.step = step
+        if rank == world - 1 and settings.faults.slow_worker_seconds:
+            time.sleep(settings.faults.slow_worker_seconds)
         _kill_once(folder, settings.faults.kill_worker_at_step, step, rank, world)
 
+    metrics = MetricsWriter(folder, sinks_of(settings, folder)) if rank == 0 else None
     training = Training(
         model,
         build_optimizer(model, settings.optimizer),
@@ -71,19 +78,19 @@ def train(given: dict[str, Any]) -> None:
             optimizer=settings.optimizer,
             schedule=settings.schedule,
             spikes=settings.spikes,
+            interrupt_every=1,
         ),
         batches=inputs.training_batches(settings, vocab_size, rank, world, pin=device.type == "cuda"),
-        validation=inputs.validation_batches(settings, rank, world),
+        validation=inputs.validation_batches(settings, rank, world) if settings.validation == "within" else None,
         byte_lengths=inputs.byte_lengths(settings, config.vocab_size),
         run=folder,
         report=functools.partial(_report, settings, folder.folder, interruptions),
         device=device,
         flops_per_token=config.flops_per_token(length),
-        tensorboard=folder.uri("tensorboard") if storage.local_path(folder.folder) else None,
+        metrics=metrics,
         before_step=before_step,
-        documents=lambda steps: inputs.documents(
-            settings, [(step, row) for step in steps for row in range(settings.global_batch)]
-        )[:50],
+        documents=functools.partial(inputs.documents, settings),
+        interrupt=interruptions,
         resume_cause=resume_cause(folder, given["attempt"]),
     )
     try:
@@ -96,6 +103,8 @@ def train(given: dict[str, Any]) -> None:
         raise
     finally:
         interruptions.over()
+        if metrics is not None:
+            metrics.close()
 
 
 def _report(

@@ -133,25 +133,24 @@ class Batches:
             out[row] = self._sample(int(index))
         return out
 
-    def documents(self, places: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:
-        """The documents that samples hold parts of, each once, in the order of the places.
+    def documents(self, data_step: int, row: int) -> list[dict[str, Any]]:
+        """The documents that a sample holds parts of, the one with the most tokens in it first.
 
         Args:
-            places: data step and row in the global batch of each sample.
+            data_step: of the batch.
+            row: of the sample, within the global batch.
 
         Returns:
-            id, source and url of each document, and ``tokens``: its part of the first of these samples, int64.
+            id, source and url of each document, and ``tokens``: its part of the sample, int64.
         """
-        found: dict[str, dict[str, Any]] = {}
-        for step, row in places:
-            start = int(self.sample_indices(step)[row]) * self._stride
-            for entry in self.shards.documents(start, self._width):
-                first = max(entry["start"], start)
-                last = min(entry["start"] + entry["length"], start + self._width)
-                tokens = self.shards.read(first, last - first).astype(np.int64)
-                facts = {name: entry[name] for name in ("id", "source", "url")}
-                found.setdefault(entry["id"], {**facts, "tokens": tokens})
-        return list(found.values())
+        start = int(self.sample_indices(data_step)[row]) * self._stride
+        found = []
+        for entry in self.shards.documents(start, self._width):
+            first = max(entry["start"], start)
+            last = min(entry["start"] + entry["length"], start + self._width)
+            tokens = self.shards.read(first, last - first).astype(np.int64)
+            found.append({**{name: entry[name] for name in ("id", "source", "url")}, "tokens": tokens})
+        return sorted(found, key=lambda document: -len(document["tokens"]))
 
     def in_order(
         self, n_samples: int, rank: int, world_size: int, rows: int

@@ -4,22 +4,28 @@ import dataclasses
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
-from training_bench import descendants, end_all, wait_until
+from training_bench import descendants, end_all, processes, token_record, wait_until, weights
 
 from jobs import pretrain as job
+from jobs import validation
 from jobs.cli import main
 from jobs.run_folder import StoredRun, valid_steps
 from jobs.settings import Faults, ModelSettings, PretrainJob, SettingsError
 from models.config import OptimizerConfig, ScheduleConfig
-from models.training.loop import TrainingStoppedError
 from models.training.spikes import SpikeConfig
+from models.training.state import TrainingStoppedError
 from pipelines import storage
+from pipelines.documents import InputError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -71,9 +77,10 @@ def undisturbed(workspace):
     return SimpleNamespace(final=final, **vars(run_of(workspace, "undisturbed")))
 
 
-def test_the_model_learns_and_every_step_is_told_once(undisturbed):
+def test_the_model_learns_and_every_step_is_told_once(workspace, undisturbed):
     assert list(undisturbed.losses) == list(range(1, STEPS + 1))
     assert undisturbed.data_steps == {step: step - 1 for step in range(1, STEPS + 1)}
+    assert token_record(settings(workspace, "undisturbed")) == []
     assert undisturbed.losses[STEPS] < 0.5 * undisturbed.losses[1]
     held_out = valid_steps(undisturbed.folder.metrics(), "validation_loss")
     assert list(held_out) == [0, 30, STEPS]
@@ -151,7 +158,7 @@ def test_a_killed_worker_and_poisoned_data_are_recovered_from(workspace, undistu
     assert 1 in failure["ranks"]
     (resume,) = run.events("resume")
     assert resume["cause"] == "worker_restart"
-    assert resume["from_step"] == kill_at // 10 * 10
+    assert resume["from_step"] in (kill_at // 10 * 10, kill_at // 10 * 10 - 10)  # or it was still being written
     (rollback,) = run.events("rollback")
     assert rollback["checkpoint_status"] == "clean"
     assert rollback["to_step"] == 30
@@ -168,6 +175,68 @@ def test_a_killed_worker_and_poisoned_data_are_recovered_from(workspace, undistu
         step: undisturbed.losses[step] for step in range(1, start + 1)
     }
     assert final["validation_loss"] == pytest.approx(undisturbed.final["validation_loss"], rel=0.1)
+
+
+def test_a_killed_controller_is_started_again_and_the_run_ends_bit_for_bit(workspace, undisturbed):
+    folder = StoredRun(f"{workspace}/runs/headless")
+    killed = []
+
+    def kill():
+        wait_until(lambda: checkpoints_of(folder, 15), 90)
+        (controller,) = processes("ray::TrainController", os.getpid())
+        os.kill(controller, signal.SIGKILL)
+        killed.append(controller)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    given = settings(workspace, "headless", checkpoint_every=5, faults=Faults(slow_worker_seconds=0.05))
+    job.pretrain(given)
+    killer.join()
+    run = run_of(workspace, "headless")
+    assert len(killed) == len(run.events("controller_failure")) == 1
+    assert [(event["cause"], event["from_step"] >= 15) for event in run.events("resume")] == [
+        ("controller_restart", True)
+    ]
+    assert run.losses == undisturbed.losses
+    assert token_record(given) == []
+    assert np.array_equal(weights(given), weights(settings(workspace, "undisturbed")))
+
+
+def test_validation_beside_training_measures_what_the_workers_would(workspace, undisturbed):
+    given = settings(workspace, "beside", validation="beside", keep_checkpoints=10)
+    final = job.pretrain(given)
+    run = run_of(workspace, "beside")
+    names = ("validation_loss", "validation_bits_per_byte")
+    within, beside = (valid_steps(of.folder.metrics(), names[0]) for of in (undisturbed, run))
+    assert list(beside) == list(within) == [0, 30, STEPS]
+    for name in names:
+        assert [row[name] for row in beside.values()] == pytest.approx([row[name] for row in within.values()], rel=1e-5)
+        assert final[name] == beside[STEPS][name]
+
+    # What cannot be measured is told, and is Ray Train's to report, not the end of the run.
+    from ray.train import Checkpoint
+
+    pointed = run.folder.uri("pointed")
+    run.folder.write_json("pointed/pointer.json", {"folder": "checkpoints/step-00000030"})
+    storage.delete(run.folder.uri("checkpoints/step-00000030"))
+    with pytest.raises(FileNotFoundError):
+        validation.validate(Checkpoint.from_directory(pointed), given, run.folder.folder)
+    (failed,) = run_of(workspace, "beside").events("validation_failed")
+    assert failed["step"] == 30
+
+
+def test_a_damaged_token_shard_ends_the_run_at_once_with_its_name(workspace, tmp_path):
+    for folder in ("tokens", "tokenizer"):
+        shutil.copytree(f"{workspace}/{folder}", tmp_path / folder)
+    for shard in sorted((tmp_path / "tokens" / "train").glob("shard-*.parquet")):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 3] ^= 4
+        shard.write_bytes(content)
+    with pytest.raises(InputError, match=r"tokens/train/shard-\d+\.parquet: row group \d+ cannot be read"):
+        job.pretrain(settings(str(tmp_path), "damaged"))
+    run = run_of(str(tmp_path), "damaged")
+    assert len(run.events("stop")) == 1
+    assert not run.events("worker_failure")
 
 
 def test_one_worker_sees_the_same_batches_and_comes_to_the_same_losses(workspace, undisturbed, capsys):

@@ -1,11 +1,16 @@
 """What the tests of training on a cluster share: a small workspace of tokens, and watching over processes."""
 
+import json
 import os
 import signal
 import time
 
 import numpy as np
+import torch
 
+from jobs.inputs import reader
+from jobs.run_folder import StoredRun, valid_steps
+from models.training.state import batch_hash
 from pipelines.documents import document_id, to_table
 from pipelines.stage import Output, Stage, Unit, run_stage
 from pipelines.tokenize import TokenizeSettings, tokenize
@@ -35,6 +40,46 @@ def make_tokens(root: str):
     tokenize(f"{root}/tokens", corpus, manifest, f"{root}/tokenizer", cut)
 
 
+def token_record(settings, folder=None):
+    """What is wrong with the tokens that a run has seen: nothing, if every step of its record stands there once, saw
+    the samples that the order of the data has for it, and left out none but those in the ledger's skips.
+    """
+    run = StoredRun(folder or f"{settings.workspace}/runs/{settings.name}")
+    rows = valid_steps(run.metrics(), "batch_hash")
+    wrong = []
+    if list(rows) != list(range(1, settings.steps + 1)):
+        wrong.append(f"steps {sorted(set(range(1, settings.steps + 1)) ^ set(rows))[:5]} missing or too many")
+    data_steps = [row["data_step"] for row in rows.values()]
+    if data_steps != sorted(set(data_steps)):
+        wrong.append("data steps doubled or out of order")
+    skipped = {at for start, end in run.read_json("ledger.json")["skips"] for at in range(start, end)}
+    if left_out := set(range(max(data_steps, default=-1) + 1)) - set(data_steps) - skipped:
+        wrong.append(f"data steps {sorted(left_out)[:5]} left out")
+    batches = reader(settings, "train")
+    for step, row in rows.items():
+        samples = torch.from_numpy(batches.rank(row["data_step"], 0, 1))
+        if row["batch_hash"] != f"{int(batch_hash(samples)) % 2**64:016x}":
+            wrong.append(f"step {step} saw other samples than those of data step {row['data_step']}")
+    return wrong
+
+
+def weights(settings):
+    """All weights of a run's last checkpoint, as one array."""
+    from jobs.settings import OfRun
+    from jobs.trained import load
+
+    trained = load(OfRun(workspace=settings.workspace, name=settings.name), device="cpu")
+    return torch.cat([p.detach().flatten() for p in trained.model.parameters()]).numpy()
+
+
+def events_of(run, *kinds):
+    """A run's events of some kinds, in order; an empty list where storage does not tell."""
+    try:
+        return [event for event in run.events() if event["event"] in kinds]
+    except (OSError, json.JSONDecodeError):
+        return []
+
+
 def wait_until(condition, seconds):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -54,6 +99,19 @@ def descendants(pid):
         family += below
         todo += [child for child, _ in below]
     return family
+
+
+def processes(name, below):
+    """Ids of the processes below one whose command line begins with ``name``, as Ray names its actors."""
+    found = []
+    for pid, _ in descendants(below):
+        try:
+            with open(f"/proc/{pid}/cmdline") as file:
+                if file.read().startswith(name):
+                    found.append(pid)
+        except OSError:  # it ended meanwhile
+            continue
+    return found
 
 
 def parent_and_start(pid):

@@ -86,7 +86,7 @@ def test_prefetch_keeps_order_and_hands_errors_on():
     assert got == list(range(5))
 
 
-def test_the_documents_of_batches_are_named_once():
+def test_the_documents_of_a_sample_are_named_with_their_tokens_in_it():
     class Hundreds(Counting):
         """Documents of 100 tokens each."""
 
@@ -96,12 +96,11 @@ def test_the_documents_of_batches_are_named_once():
                 for d in range(start // 100, (start + length - 1) // 100 + 1)
             ]
 
-    batches = Batches(Hundreds(2000), 16, 4, seed=0)
-    samples = np.concatenate([batches.sample_indices(s) for s in (3, 4)])
-    expected = {str(t // 100) for i in samples for t in range(i * 16, i * 16 + 17)}
-    named = batches.documents([(step, row) for step in (3, 4) for row in range(4)])
-    assert sorted(row["id"] for row in named) == sorted(expected)
-    (first, *_) = batches.documents([(3, 2)])
-    start = int(batches.sample_indices(3)[2]) * 16
-    assert first["id"] == str(start // 100)
-    assert first["tokens"].tolist() == list(range(start, min(start + 17, (start // 100 + 1) * 100)))
+    batches = Batches(Hundreds(2000), 40, 4, seed=0)
+    for row in range(4):
+        start = int(batches.sample_indices(3)[row]) * 40
+        named = batches.documents(3, row)
+        parts = {str(d): [t for t in range(start, start + 41) if t // 100 == d] for d in range(20)}
+        assert {d["id"]: d["tokens"].tolist() for d in named} == {d: tokens for d, tokens in parts.items() if tokens}
+        assert [d["url"] for d in named] == [f"u{d['id']}" for d in named]
+        assert len(named[0]["tokens"]) == max(map(len, parts.values()))

@@ -1,0 +1,133 @@
+"""Nodes that come, are drained and die under a run, on a cluster of several raylets on this machine."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from training_bench import descendants, end_all, events_of, token_record, wait_until
+
+from jobs.run_folder import StoredRun, valid_steps
+from jobs.settings import Faults, ModelSettings, PretrainJob
+from models.config import OptimizerConfig, ScheduleConfig
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 220
+PATIENCE = 150  # seconds for what takes a few on a quiet machine
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A head with one core, apart from the session's own Ray."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # A raylet that was killed is seen after some seconds, not after half a minute.
+    quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick, "object_store_memory": 80 << 20}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    yield nodes
+    nodes.shutdown()
+
+
+def add_node(cluster):
+    return cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+
+
+def kill_raylet(node):
+    """As a node that loses its power: the raylet by SIGKILL, its workers follow it."""
+    (raylet,) = node.all_processes["raylet"]
+    os.kill(raylet.process.pid, signal.SIGKILL)
+
+
+def drain(cluster, node, seconds):
+    """As a cloud does that takes a spot node back."""
+    command = [os.path.join(os.path.dirname(sys.executable), "ray"), "drain-node", "--address", cluster.address]
+    command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    subprocess.run([*command, "--deadline-remaining-seconds", str(seconds)], check=True, capture_output=True)
+
+
+def test_a_run_grows_shrinks_and_survives_a_dead_node_with_every_token_seen_once(token_workspace, cluster, tmp_path):
+    settings = PretrainJob(
+        workspace=token_workspace,
+        name="elastic",
+        model=ModelSettings(d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=64),
+        steps=STEPS,
+        global_batch=7,  # no number of workers above 1 divides it
+        sequence_length=32,
+        workers=2,
+        min_workers=1,
+        resize_every_seconds=2,
+        start_timeout_seconds=3,
+        device="cpu",
+        optimizer=OptimizerConfig(lr=5e-3),
+        schedule=ScheduleConfig(warmup_steps=5),
+        checkpoint_every=50,
+        validate_every=STEPS,
+        validation_samples=4,
+        max_failures=1,
+        faults=Faults(slow_worker_seconds=0.15),
+    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(settings)))))
+    run = StoredRun(f"{token_workspace}/runs/elastic")
+    with open(tmp_path / "log", "w+") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "jobs", "pretrain", "--config", str(tmp_path / "recipe.yaml")],
+            env={**os.environ, "RAY_ADDRESS": cluster.address},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+    def resumes(*causes):
+        def there():
+            assert driver.poll() is None, (tmp_path / "log").read_text()
+            return [event["cause"] for event in events_of(run, "resume")] == list(causes)
+
+        wait_until(there, PATIENCE)
+
+    def trains_for(steps):
+        def rows():
+            return len(valid_steps(run.metrics(), "batch_hash"))
+
+        before = rows()
+        wait_until(lambda: rows() >= before + steps, PATIENCE)
+
+    family = []
+    try:
+        wait_until(lambda: driver.poll() is not None or events_of(run, "checkpoint"), PATIENCE)
+        node = add_node(cluster)
+        resumes("resize")
+        trains_for(3)
+        drain(cluster, node, 8)
+        resumes("resize", "preemption")
+        trains_for(3)
+        node = add_node(cluster)
+        resumes("resize", "preemption", "resize")
+        trains_for(3)
+        kill_raylet(node)
+        resumes("resize", "preemption", "resize", "worker_restart")
+        family = descendants(driver.pid)
+        assert driver.wait(PATIENCE) == 0, (tmp_path / "log").read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+        end_all(family)
+
+    assert token_record(settings) == []
+    grown, drained, grown_again, died = events_of(run, "resume")
+    assert [event["world_size"] for event in (grown, drained, grown_again, died)] == [2, 1, 2, 1]
+    # Nothing was computed twice for a resize: the run saved right before.
+    resizes, interrupts = events_of(run, "resize"), events_of(run, "interrupt")
+    assert [(e["before"], e["after"], e["saved"]) for e in resizes] == [(1, 2, True), (1, 2, True)]
+    saved = [e["step"] for e in interrupts if e["reason"] == "resize"]
+    assert [grown["from_step"], grown_again["from_step"]] == saved
+    # Of the drained node it knew before, and saved in time; that is no failure.
+    assert drained["from_step"] in [e["step"] for e in interrupts if e["reason"] == "preemption"]
+    assert len(events_of(run, "preemption")) == len(events_of(run, "preempted")) == 1
+    assert len(events_of(run, "worker_failure")) == 1
