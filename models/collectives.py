@@ -15,73 +15,24 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from models.loss import IGNORE
 
 
-def _wait(pending: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(pending)
-
-
-def _all_to_all(parts: Tensor, group: str) -> Tensor:
-    each = [1] * len(parts)
-    return _wait(torch.ops._c10d_functional.all_to_all_single(parts.contiguous(), each, each, group))
-
-
-def _all_gather(x: Tensor, world: int, group: str) -> Tensor:
-    return _wait(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), world, group))
-
-
-def _all_reduce(x: Tensor, group: str) -> Tensor:
-    return _wait(torch.ops._c10d_functional.all_reduce(x, "sum", group))
-
-
-class Exchange(torch.autograd.Function):
+def exchange(parts: Tensor, group: str) -> Tensor:
     """Give parts[i] to worker i of the group, get one of the same shape from each."""
-
-    @staticmethod
-    def forward(ctx, parts: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return _all_to_all(parts, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_to_all(grad, ctx.group), None
+    return _Exchange.apply(parts, group)
 
 
-class Part(torch.autograd.Function):
+def part_of(x: Tensor, rank: int, world: int, group: str) -> Tensor:
     """This worker's part of the rows of a tensor that all workers of the group have alike."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rank: int, world: int, group: str) -> Tensor:
-        ctx.world, ctx.group = world, group
-        return x.chunk(world)[rank].clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_gather(grad, ctx.world, ctx.group), None, None, None
+    return _Part.apply(x, rank, world, group)
 
 
-class Whole(torch.autograd.Function):
-    """All rows, on every worker, of a tensor of which each has a part; the opposite of `Part`."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rank: int, world: int, group: str) -> Tensor:
-        ctx.rank, ctx.world = rank, world
-        return _all_gather(x, world, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad.chunk(ctx.world)[ctx.rank], None, None, None
+def whole_of(x: Tensor, rank: int, world: int, group: str) -> Tensor:
+    """All rows, on every worker, of a tensor of which each has a part; the opposite of `part_of`."""
+    return _Whole.apply(x, rank, world, group)
 
 
-class Sum(torch.autograd.Function):
+def total_of(x: Tensor, group: str, gradient_factor: float = 1.0) -> Tensor:
     """Sum over the group; the gradient passes through, times a factor."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, factor: float, group: str) -> Tensor:
-        ctx.factor = factor
-        return _all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad * ctx.factor, None, None
+    return _Total.apply(x, gradient_factor, group)
 
 
 class SplitLoss:
@@ -111,23 +62,85 @@ class SplitLoss:
         token_losses: bool = False,
         **options: Any,
     ) -> Any:
+        """As `models.loss.cross_entropy`; all but the losses of tokens is the same on every worker."""
         tokens = len(targets)
         if isinstance(head, DTensor):
             # the rows of the vocabulary that the others hold; their gradients are summed there
             head = head.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         if self.split:
             short = -tokens % self.world
-            hidden = Part.apply(F.pad(hidden, (0, 0, 0, short)), self.rank, self.world, self.group)
+            hidden = part_of(F.pad(hidden, (0, 0, 0, short)), self.rank, self.world, self.group)
             targets = F.pad(targets, (0, short), value=IGNORE).chunk(self.world)[self.rank]
         if reduction == "none":
             losses = self.loss(hidden, head, targets, reduction="none", **options)
             value = losses = self._whole(losses, tokens)
             return (value, losses.detach()) if token_losses else value
         value, losses = self.loss(hidden, head, targets, reduction="sum", token_losses=True, **options)
-        value = Sum.apply(value, self.gradient_factor, self.group)
+        value = total_of(value, self.group, self.gradient_factor)
         if reduction == "mean":
             value = value / _all_reduce((targets != IGNORE).sum(), self.group).clamp(min=1)
         return (value, self._whole(losses, tokens)) if token_losses else value
 
     def _whole(self, losses: Tensor, tokens: int) -> Tensor:
-        return Whole.apply(losses, self.rank, self.world, self.group)[:tokens] if self.split else losses
+        return whole_of(losses, self.rank, self.world, self.group)[:tokens] if self.split else losses
+
+
+def _wait(pending: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(pending)
+
+
+def _all_to_all(parts: Tensor, group: str) -> Tensor:
+    each = [1] * len(parts)
+    return _wait(torch.ops._c10d_functional.all_to_all_single(parts.contiguous(), each, each, group))
+
+
+def _all_gather(x: Tensor, world: int, group: str) -> Tensor:
+    return _wait(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), world, group))
+
+
+def _all_reduce(x: Tensor, group: str) -> Tensor:
+    return _wait(torch.ops._c10d_functional.all_reduce(x, "sum", group))
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parts: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return _all_to_all(parts, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_to_all(grad, ctx.group), None
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rank: int, world: int, group: str) -> Tensor:
+        ctx.world, ctx.group = world, group
+        return x.chunk(world)[rank].clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_gather(grad, ctx.world, ctx.group), None, None, None
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rank: int, world: int, group: str) -> Tensor:
+        ctx.rank, ctx.world = rank, world
+        return _all_gather(x, world, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.chunk(ctx.world)[ctx.rank], None, None, None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float, group: str) -> Tensor:
+        ctx.factor = factor
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.factor, None, None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.collectives import Exchange, SplitLoss, Whole
+from models.collectives import SplitLoss, exchange, whole_of
 from models.mesh import Mesh
 from models.transformer import Transformer
 
@@ -43,7 +43,7 @@ def split_sequences(model: Transformer, mesh: Mesh) -> None:
         result = of_part(tokens[:, part], targets[:, part], start=rank * length, **options)
         value, *losses = result if isinstance(result, tuple) else (result,)
         # what there is for each token, (B, T / world), becomes that of whole sequences
-        whole = [Whole.apply(x.T, rank, world, group.group_name).T if x.ndim == 2 else x for x in (value, *losses)]
+        whole = [whole_of(x.T, rank, world, group.group_name).T if x.ndim == 2 else x for x in (value, *losses)]
         return tuple(whole) if losses else whole[0]
 
     model.forward = forward
@@ -58,10 +58,10 @@ def _by_heads(attend: Callable[..., Tensor], group: str, world: int) -> Callable
         sizes = [x.shape[1] // world for x in (q, k, v)]
         # (worker, batch, its heads, part of the sequence, head_dim), one exchange for all three
         by_worker = torch.cat([x.unflatten(1, (world, -1)) for x in (q, k, v)], dim=2).transpose(0, 1)
-        parts = Exchange.apply(by_worker, group)
+        parts = exchange(by_worker, group)
         whole = parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
         mixed = attend(*whole.split(sizes, dim=1), *args, **options)
         by_part = mixed.unflatten(2, (world, -1)).permute(2, 0, 1, 3, 4)
-        return Exchange.apply(by_part, group).transpose(0, 1).flatten(1, 2)
+        return exchange(by_part, group).transpose(0, 1).flatten(1, 2)
 
     return attend_whole

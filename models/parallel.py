@@ -8,6 +8,7 @@ import functools
 from typing import Literal
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -22,8 +23,8 @@ from models.transformer import Transformer
 Precision = Literal["auto", "bf16", "fp8", "fp32"]
 """Of matrix products and activations. auto: bf16 on GPUs, fp32 on the CPU."""
 
-# what gathering a whole model at once takes at its peak, by parameter: weights in bf16 and their copy in the buffer they
-# arrive in; gradients in fp32, their copy in the buffer they leave in, and what comes back
+# what gathering a whole model at once takes at its peak, by parameter: weights in bf16 and their copy in the buffer
+# they arrive in; gradients in fp32, their copy in the buffer they leave in, and what comes back
 _BYTES_WHOLE = 2 + 2 + 4 + 4 + 2
 _SMALL = 2**20  # elements; gradients below are reduced together, those above alone and in place
 
@@ -207,7 +208,7 @@ def _average_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
         for work, gradient in pending:
             work.wait()
             if not on_gpu:
-                gradient /= group.size()
+                gradient.div_(group.size())
         if together is not None:
             for gradient, part in zip(small, together.split([g.numel() for g in small]), strict=True):
                 gradient.copy_(part.view_as(gradient))

@@ -57,7 +57,6 @@ def _replicate(norm: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
 
     As DTensors all parameters are of the same mesh, and a weight's gradient knows whether it has to be summed.
     """
-
     norm.weight = _placed(norm, mesh, Replicate())
     norm.register_forward_pre_hook(functools.partial(_enter, mesh=mesh, placement=placement))
     norm.register_forward_hook(_leave)

@@ -3,11 +3,13 @@
 Parallelism and precision are applied from outside (`models.parallel`); this file is plain PyTorch.
 """
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from models.attention import causal_attention
 from models.config import ModelConfig
@@ -160,15 +162,21 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Normal with the standard deviations of `models.widths`; norms are 1.
 
-        Drawn on the CPU in the order of the parameters, so equal for a seed on any device; call it before sharding.
+        Each matrix is drawn as a whole on its device, from a generator of its own, and this worker's part kept: weights
+        are equal for a seed on devices of a kind however they are sharded, and one matrix at a time is whole.
         """
-        generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 parameter.fill_(1.0)
                 continue
-            std = initial_std(self.config, name)
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            name_hash = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
+            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(name_hash, "little"))
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            whole.normal_(0.0, initial_std(self.config, name), generator=generator)
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.copy_(_part(whole, parameter))
+        config = self.config
+        self.rotary.copy_(rotary_table(config.head_dim, config.max_seq_len, config.rope_theta))
 
     def forward(
         self,
@@ -228,3 +236,17 @@ class Transformer(nn.Module):
                 x.flatten(0, 1), self.output.weight, targets.flatten(), chunk=loss_chunk, reduction=reduction
             )
         return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def _part(whole: Tensor, parameter: Tensor) -> Tensor:
+    """Of a tensor, what this worker holds of a parameter of its shape."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    # FSDP2 cuts what tensor parallelism has cut already, and stands before it in the mesh: so the last is first
+    mesh = parameter.device_mesh
+    for dimension, placement in reversed(list(enumerate(parameter.placements))):
+        if not placement.is_replicate():
+            size = -(-whole.shape[placement.dim] // mesh.size(dimension))
+            first = min(mesh.get_local_rank(dimension) * size, whole.shape[placement.dim])
+            whole = whole.narrow(placement.dim, first, min(size, whole.shape[placement.dim] - first))
+    return whole

@@ -1,83 +1,212 @@
-"""FSDP2 on two gloo processes against one process: losses, gradient norms and weights."""
+"""Every layout of gloo processes against one process: losses, gradient norms, weights; and what compilation makes."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from models.config import ModelConfig, OptimizerConfig
+from models.mesh import Parallelism, data_rank_and_world, make_mesh
 from models.optimizer import build_optimizer, grad_norm
 from models.parallel import compile_model, parallelize, set_gradient_sync
 from models.transformer import Transformer
 
-TINY = ModelConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32)
+TINY = ModelConfig(vocab_size=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32)
 TIED = replace(TINY, tied_embeddings=True, qk_norm=True)
-STEPS = 5
+CONFIGS = {2: (TINY, TIED), 4: (TIED,)}  # by the number of workers
+STEPS = 2
+TOKENS = 2 * 4 * 16  # in a step: microbatches, sequences, targets
+
+LAYOUTS_OF_2 = [
+    Parallelism(),
+    Parallelism(gather="step"),
+    Parallelism(gather="block"),
+    Parallelism(shard_workers=1),
+    Parallelism(tensor_parallel=2),
+    Parallelism(context_parallel=2),
+    Parallelism(context_parallel=2, shard_workers=1),
+]
+LAYOUTS_OF_4 = [
+    Parallelism(shard_workers=2),
+    Parallelism(tensor_parallel=2, shard_workers=1),
+    Parallelism(tensor_parallel=2, context_parallel=2),
+    Parallelism(context_parallel=4),  # more workers than key and value heads
+]
 
 
-def train(config, rank, world_size):
-    """Losses, gradient norms and final weights of some steps of two microbatches, on this rank's part of the batch."""
+def whole_weights(model):
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def train(config, layout=None, recompute=1.0):
+    """Losses and gradient norms of some steps of two microbatches, then losses of tokens; weights before and after.
+
+    With a layout, by all processes together, from a model on the meta device.
+    """
     torch.set_num_threads(1)
-    model = parallelize(Transformer(config, seed=1), world_size, "cpu")
+    mesh = make_mesh(layout, "cpu") if layout else None
+    with torch.device("meta" if layout else "cpu"):
+        model = Transformer(config, seed=None)
+    parallelize(model, mesh, "cpu", recompute=recompute).init_weights(1)
+    first = {name: weight.clone() for name, weight in whole_weights(model).items()}
     optimizer = build_optimizer(model, OptimizerConfig(lr=3e-3))
+    rank, world = data_rank_and_world(mesh)
     generator = torch.Generator().manual_seed(0)
     losses, norms = [], []
     for _ in range(STEPS):
-        batch = torch.randint(0, 61, (2, 4, 17), generator=generator)  # microbatches, sequences, tokens
+        batch = torch.randint(0, 64, (2, 4, 17), generator=generator)
         total = torch.zeros(())
         for i, microbatch in enumerate(batch):
             set_gradient_sync(model, i == 1)
-            mine = microbatch.chunk(world_size)[rank]
-            loss = model(mine[:, :-1], mine[:, 1:]) / 2
-            loss.backward()
+            mine = microbatch.chunk(world)[rank]
+            loss = model(mine[:, :-1], mine[:, 1:], reduction="sum")
+            (loss * world / TOKENS).backward()
             total += loss.detach()
         norm = grad_norm(model)
         norms.append(norm.item())
         optimizer.grad_scale = (norm / 0.5).clamp(min=1)
         optimizer.step()
         optimizer.zero_grad()
-        if world_size > 1:
+        if mesh is not None:
             dist.all_reduce(total)
-        losses.append(total.item() / world_size)
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return losses, norms, whole
+            total *= world / dist.get_world_size()
+        losses.append(total.item() / TOKENS)
+    with torch.no_grad():
+        by_token = model(mine[:, :-1], mine[:, 1:], reduction="none")
+    return losses, norms, by_token, first, whole_weights(model)
 
 
-def worker(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    results = [train(config, rank, 2) for config in (TINY, TIED)]
+def compiled_graphs():
+    """How many graphs a sharded model of three blocks is made of, used with gradients and without."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
+    torch._dynamo.reset()
+    torch.compile = lambda function, **_: compile_(function, backend=counter, dynamic=False)
+    counts = []
+    for gather in ("whole", "block"):
+        model = parallelize(Transformer(TINY, seed=1), make_mesh(Parallelism(gather=gather), "cpu"), "cpu")
+        compile_model(model)
+        tokens = torch.zeros(2, 17, dtype=torch.int64)
+        before = counter.frame_count
+        for step in range(3):
+            set_gradient_sync(model, step % 2 == 1)
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        counts.append(counter.frame_count - before)
+    torch.compile = compile_
+    return counts
+
+
+def worker(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    layouts = LAYOUTS_OF_2 if world == 2 else LAYOUTS_OF_4
+    results = [train(config, layout) for config in CONFIGS[world] for layout in layouts]
+    counts = None
+    if world == 2:
+        results.append(train(TINY, LAYOUTS_OF_2[2], recompute=0.5))
+        counts = compiled_graphs()
     if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
+        torch.save((results, counts), f"{folder}/results.pt")
     dist.destroy_process_group()
 
 
-def test_two_sharded_workers_equal_one(tmp_path):
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    for config, (losses, norms, weights) in zip((TINY, TIED), torch.load(tmp_path / "results.pt"), strict=True):
-        expected_losses, expected_norms, expected_weights = train(config, 0, 1)
-        assert losses == pytest.approx(expected_losses, rel=1e-5)
-        assert norms == pytest.approx(expected_norms, rel=1e-5)
-        torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
+def equal_one_worker(results, layouts, configs):
+    for config in configs:
+        expected = train(config)
+        for layout in layouts:
+            losses, norms, by_token, first, weights = next(results)
+            for name, weight in first.items():
+                assert torch.equal(weight, expected[3][name]), (layout, name)
+            assert losses == pytest.approx(expected[0], rel=1e-5), layout
+            assert norms == pytest.approx(expected[1], rel=1e-5), layout
+            torch.testing.assert_close(by_token, expected[2][: len(by_token)], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(weights, expected[4], rtol=1e-4, atol=1e-4)  # Adam enlarges what is near 0
+
+
+def test_two_workers_equal_one_in_every_layout(tmp_path):
+    torch.multiprocessing.spawn(worker, args=(2, str(tmp_path)), nprocs=2)
+    results, counts = torch.load(tmp_path / "results.pt")
+    results = iter(results)
+    equal_one_worker(results, LAYOUTS_OF_2, CONFIGS[2])
+    losses, norms, *_ = next(results)
+    recomputed = train(TINY)
+    assert losses == pytest.approx(recomputed[0], rel=1e-5)
+    assert norms == pytest.approx(recomputed[1], rel=1e-5)
+    assert counts[0] == 1  # the model
+    assert counts[1] <= 3  # a block that all share but the first, whose input has no gradient, and the loss
+
+
+def test_four_workers_equal_one_in_layouts_of_two_dimensions(tmp_path):
+    torch.multiprocessing.spawn(worker, args=(4, str(tmp_path)), nprocs=4)
+    results, _ = torch.load(tmp_path / "results.pt")
+    equal_one_worker(iter(results), LAYOUTS_OF_4, CONFIGS[4])
 
 
 def test_one_worker_on_the_cpu_stays_plain_fp32():
-    model = parallelize(Transformer(TINY, seed=1), 1, "cpu")
+    model = parallelize(Transformer(TINY, seed=1), None, "cpu")
     reference = Transformer(TINY, seed=1)
     tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(tokens), reference(tokens), rtol=0, atol=0)
 
 
-def test_compiled_model_has_equal_loss_gradients_and_names(monkeypatch):
+@pytest.mark.parametrize("recompute", [1.0, 0.3])
+def test_compiled_model_has_equal_loss_gradients_and_names(monkeypatch, recompute):
     # the tracing is what can go wrong; code generation is torch's own and slow to run here
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend="aot_eager"))
     tokens = torch.randint(0, 61, (2, 18), generator=torch.Generator().manual_seed(0))
     results = []
     for prepare in (compile_model, lambda model: model):
-        model = prepare(Transformer(TIED, seed=1))
-        loss = model(tokens[:, :-1], tokens[:, 1:], loss_chunk=10)
-        loss.backward()
+        with torch._functorch.config.patch():  # what the compilation sets goes
+            model = prepare(parallelize(Transformer(TIED, seed=1), None, "cpu", recompute=recompute))
+            loss = model(tokens[:, :-1], tokens[:, 1:], loss_chunk=10)
+            loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def saved_bytes(model, tokens):
+    """What the forward pass keeps for the backward pass, weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens[:, :-1], tokens[:, 1:])
+    return sum(kept.values())
+
+
+def test_recomputed_blocks_keep_less():
+    tokens = torch.zeros(4, 33, dtype=torch.int64)
+    kept = [
+        saved_bytes(parallelize(Transformer(TINY, seed=1), None, "cpu", recompute=share), tokens)
+        for share in (1.0, 0.5, 0.0)
+    ]
+    assert kept[0] > 1.3 * kept[1] > 1.3 * kept[2]
+
+
+@pytest.mark.parametrize(
+    ("layout", "workers", "said"),
+    [
+        (Parallelism(tensor_parallel=3), 6, "n_heads"),
+        (Parallelism(tensor_parallel=2), 3, "divides the 3 workers"),
+        (Parallelism(shard_workers=3), 4, "shard_workers is 3"),
+        (Parallelism(context_parallel=8), 8, "context_parallel is 8"),
+        (Parallelism(context_parallel=0), 8, "at least 1"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused_by_name(layout, workers, said):
+    with pytest.raises(ValueError, match=said):
+        layout.validate(workers, TINY, 16)
+
+
+def test_layouts_that_fit_are_accepted():
+    Parallelism().validate(3, TINY, 15)
+    Parallelism(shard_workers=2, tensor_parallel=2, context_parallel=2).validate(8, TINY, 16)
