@@ -294,15 +294,3 @@ def _pieces(tensor: Tensor) -> int:
         return 1
     cut = (i for i, placement in enumerate(tensor.placements) if not placement.is_replicate())
     return math.prod(tensor.device_mesh.size(i) for i in cut)
-
-
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients down so that their joint 2-norm is at most `max_norm`, and return it as it was before.
-
-    A norm that is not finite makes the gradients so too: look at it before the optimizer's step.
-    """
-    norm = grad_norm(model)
-    gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
-    if max_norm > 0 and gradients:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm

