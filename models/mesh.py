@@ -33,7 +33,7 @@ class Parallelism:
     once a step. block: block by block each time they are used, which takes the least memory. auto: whole if that
     takes at most a quarter of the device's memory, else block."""
 
-    def validate(self, n_workers: int, model: ModelConfig, sequence_length: int | None = None) -> None:
+    def check(self, n_workers: int, model: ModelConfig, sequence_length: int | None = None) -> None:
         """Check that the workers can be laid out so.
 
         Args:

@@ -204,9 +204,9 @@ def test_recomputed_blocks_keep_less():
 )
 def test_layouts_that_do_not_fit_are_refused_by_name(layout, workers, said):
     with pytest.raises(ValueError, match=said):
-        layout.validate(workers, TINY, 16)
+        layout.check(workers, TINY, 16)
 
 
 def test_layouts_that_fit_are_accepted():
-    Parallelism().validate(3, TINY, 15)
-    Parallelism(shard_workers=2, tensor_parallel=2, context_parallel=2).validate(8, TINY, 16)
+    Parallelism().check(3, TINY, 15)
+    Parallelism(shard_workers=2, tensor_parallel=2, context_parallel=2).check(8, TINY, 16)
