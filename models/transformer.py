@@ -11,8 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from models.attention import causal_attention
+from models.attention import DocumentMask, causal_attention, document_mask
 from models.config import ModelConfig
+from models.kernels import add_norm, on_gpu, rotate_half, split_and_rotate, swiglu
 from models.loss import Reduction, cross_entropy
 from models.widths import initial_std, output_multiplier
 
@@ -30,6 +31,20 @@ class Linear(nn.Linear):
         """Leave the memory as it is: initialising a billion weights twice takes tens of seconds."""
 
 
+def joinable(x: Tensor, *linears: Linear) -> bool:
+    """Whether matrices that read the same input are joined, so that they are one product.
+
+    It pays in training on a GPU: the input is read once, its gradient is one product instead of several and their
+    sum, and joining is part of the cast to the compute dtype. Matrices that are split over workers stay apart.
+    """
+    return x.is_cuda and torch.is_grad_enabled() and not any(isinstance(m.weight, DTensor) for m in linears)
+
+
+def joined(x: Tensor, *linears: Linear) -> Tensor:
+    """The results of several matrices side by side, (..., sum of d_out), of one input, (..., d_in)."""
+    return F.linear(x, torch.cat([linear.weight for linear in linears]))
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 (Zhang & Sennrich 2019)."""
 
@@ -41,6 +56,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (..., dim); the result has x's dtype."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum x + delta, and that normalised; on a GPU as one pass."""
+        if on_gpu(x, self.weight):
+            return add_norm(x, delta, self.weight, self.eps)
+        x = x + delta
+        return x, self(x)
 
 
 def rotary_table(head_dim: int, length: int, theta: float) -> Tensor:
@@ -61,9 +83,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
         x: (batch, T, heads, head_dim).
         rotary: (2, T, head_dim / 2), rows of `rotary_table` for these T positions.
     """
-    cos, sin = rotary.unsqueeze(2)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return rotate_half(x, *rotary.unsqueeze(2))
 
 
 class Attention(nn.Module):
@@ -83,16 +103,27 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: "LayerCache | None" = None) -> Tensor:
-        """Attend within x, (B, T, d_model), and to what `cache` holds."""
-        shape = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = self.w_q(x).view(shape), self.w_k(x).view(shape), self.w_v(x).view(shape)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q, rotary).transpose(1, 2), rotate(k, rotary).transpose(1, 2), v.transpose(1, 2)
+    def forward(
+        self, x: Tensor, rotary: Tensor, cache: "LayerCache | None" = None, mask: DocumentMask | None = None
+    ) -> Tensor:
+        """Attend within x, (B, T, d_model), where `mask` allows it, and to what `cache` holds."""
+        matrices = (self.w_q, self.w_k, self.w_v)
+        heads = [len(matrix.weight) // self.head_dim for matrix in matrices]
+        together = joined(x, *matrices) if joinable(x, *matrices) else None
+        if together is not None and not self.qk_norm:
+            q, k, v = split_and_rotate(together, rotary, *heads[:2])
+        else:
+            parts = (
+                [w(x) for w in matrices] if together is None else together.split([n * self.head_dim for n in heads], -1)
+            )
+            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+            if self.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.w_o(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.w_o(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -106,6 +137,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x, (B, T, d_model), to the same shape."""
+        if joinable(x, self.w_gate, self.w_up):
+            return self.w_down(swiglu(joined(x, self.w_gate, self.w_up)))
         return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
 
 
@@ -119,10 +152,21 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: "LayerCache | None" = None) -> Tensor:
-        """Map the residual stream x, (B, T, d_model), to the same shape."""
-        x = x + self.attention(self.attention_norm(x), rotary, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor,
+        rotary: Tensor,
+        cache: "LayerCache | None" = None,
+        mask: DocumentMask | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Map the residual stream, which is x + delta, (B, T, d_model) each, to one of the same form.
+
+        A sum is left to the norm that reads it, which does both in one pass over memory.
+        """
+        x, normed = self.attention_norm.add(x, delta)
+        x, normed = self.ffn_norm.add(x, self.attention(normed, rotary, cache, mask))
+        return x, self.feed_forward(normed)
 
 
 class Transformer(nn.Module):
@@ -135,6 +179,7 @@ class Transformer(nn.Module):
     Attributes:
         compute_dtype: dtype of matrix products and of the residual stream, by autocast; None is the weights' own.
             Set by `models.parallel.parallelize`.
+        z_loss: weight of the squared log-normalizer in the loss's gradient, see `models.loss.cross_entropy`.
     """
 
     rotary: Tensor
@@ -155,6 +200,7 @@ class Transformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.output_multiplier = output_multiplier(config)
         self.loss = cross_entropy
+        self.z_loss = 0.0
         if seed is not None:
             self.init_weights(seed)
 
@@ -188,7 +234,9 @@ class Transformer(nn.Module):
         reduction: Reduction = "mean",
         loss_chunk: int | None = None,
         start: int = 0,
-    ) -> Tensor:
+        documents: Tensor | None = None,
+        token_losses: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or the loss when there are targets.
 
         The loss is computed in here, not by the caller, because only inside forward does FSDP hold the whole
@@ -202,10 +250,13 @@ class Transformer(nn.Module):
             reduction: of the loss: "mean", "sum" or "none".
             loss_chunk: tokens whose logits exist at one time; None suits the device.
             start: position of the first token, where others come before it (context parallel).
+            documents: which document each token belongs to, (B, T), int32, see `models.attention.document_index`:
+                attention stays within documents. None is plain causal attention, which is faster.
+            token_losses: return each token's loss too, (B, T), fp32, without gradient.
 
         Returns:
             Logits (B, T, vocab), or (B, vocab) at `positions`, in the compute dtype; or the loss in nats, fp32, a
-            scalar or (B, T) for "none".
+            scalar or (B, T) for "none"; or a pair of that and the tokens' losses.
 
         Raises:
             ValueError: the sequence, with what is cached, is longer than max_seq_len; or both targets and positions
@@ -218,24 +269,42 @@ class Transformer(nn.Module):
         if stop > self.config.max_seq_len:
             raise ValueError(f"the sequence has {stop} tokens, but model.max_seq_len is {self.config.max_seq_len}")
         rotary = self.rotary[:, start:stop]
+        mask = None if documents is None else document_mask(documents)
         dtype = self.compute_dtype
         with torch.autocast(tokens.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            x = self.tok_embeddings(tokens)
-            if dtype is not None:
-                x = x.to(dtype)
+            x, delta = self.embed(tokens)
             for i, block in enumerate(self.layers):
-                x = block(x, rotary, None if cache is None else cache.layers[i])
-            x = self.norm(x)
-            if self.output_multiplier != 1:  # muP
-                x = x * self.output_multiplier
-            if positions is not None:
-                x = x[torch.arange(len(x), device=x.device), positions]
+                x, delta = block(x, delta, rotary, None if cache is None else cache.layers[i], mask)
             if targets is None:
-                return self.output(x)
-            loss = self.loss(
-                x.flatten(0, 1), self.output.weight, targets.flatten(), chunk=loss_chunk, reduction=reduction
-            )
-        return loss.view(targets.shape) if reduction == "none" else loss
+                return self.output(self.last_norm(x, delta, positions))
+            loss = self.loss_of(x, delta, targets.flatten(), loss_chunk, reduction, token_losses)
+        loss, *losses = loss if token_losses else (loss,)
+        loss = loss.view(targets.shape) if reduction == "none" else loss
+        return (loss, losses[0].view(targets.shape)) if token_losses else loss
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream that the first block reads, as two halves, so that it is in the form of the others'."""
+        x = self.tok_embeddings(tokens)
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
+        half = x * 0.5  # exact
+        return half, x - half
+
+    def last_norm(self, x: Tensor, delta: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What the output layer reads, (B, T, d_model), or (B, d_model) at one position in each sequence."""
+        _, x = self.norm.add(x, delta)
+        if self.output_multiplier != 1:  # muP
+            x = x * self.output_multiplier
+        return x if positions is None else x[torch.arange(len(x), device=x.device), positions]
+
+    def loss_of(
+        self, x: Tensor, delta: Tensor, targets: Tensor, chunk: int | None, reduction: Reduction, token_losses: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`models.loss.cross_entropy` of the last block's result."""
+        return self.loss(
+            self.last_norm(x, delta).flatten(0, 1), self.output.weight, targets, chunk=chunk, reduction=reduction,
+            z_loss=self.z_loss, token_losses=token_losses,
+        )  # fmt: skip
 
 
 def _part(whole: Tensor, parameter: Tensor) -> Tensor:
