@@ -9,6 +9,7 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,20 +17,27 @@ import numpy as np
 STYLE = """
 :root, svg { --paper: #ffffff; --ink: #1c2330; --soft: #667085; --grid: #e4e7ec; --panel: #f7f8fa;
   --train: #0072b2; --validation: #d55e00; --undone: #98a2b3; --rollback: #c0265e; --restart: #7a4fd0;
-  --kept: #0072b2; --dropped: #e8b4a0; --good: #067a57; }
+  --resize: #00866a; --kept: #0072b2; --dropped: #e8b4a0; --good: #067a57; }
 @media (prefers-color-scheme: dark) { :root, svg { --paper: #14181f; --ink: #e6e9ef; --soft: #98a2b3; --grid: #2b323d;
   --panel: #1b212b; --train: #56b4e9; --validation: #f09a4a; --undone: #8b95a5; --rollback: #ff7eaa;
-  --restart: #b79cff; --kept: #56b4e9; --dropped: #6b4a40; --good: #4cc38a; } }
+  --restart: #b79cff; --resize: #3fc59c; --kept: #56b4e9; --dropped: #6b4a40; --good: #4cc38a; } }
 svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
-svg text.ink { fill: var(--ink); } svg text.bold { font-weight: 600; fill: var(--ink); }
+svg text.ink { fill: var(--ink); } svg text.small { font-size: 10.5px; }
+svg text.bold { font-weight: 600; fill: var(--ink); }
 svg .paper { fill: var(--paper); } svg .grid { stroke: var(--grid); } svg .clear { fill: transparent; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; } svg .thin { stroke-width: 1; opacity: .4; }
-svg .dashed { stroke-dasharray: 3 3; } svg .rule { stroke-width: 1.5; }
+svg .slim { stroke-width: 1.5; } svg .dashed { stroke-dasharray: 3 3; } svg .rule { stroke-width: 1.5; }
 svg .train { stroke: var(--train); } svg .validation { stroke: var(--validation); }
 svg .undone { stroke: var(--undone); stroke-width: 1.5; } svg .rollback { stroke: var(--rollback); }
-svg .restart { stroke: var(--restart); } svg .dot.validation { fill: var(--validation); }
-svg .dot.rollback { fill: var(--rollback); } svg .dot.restart { fill: var(--restart); }
-svg .kept { fill: var(--kept); } svg .dropped { fill: var(--dropped); }
+svg .restart { stroke: var(--restart); } svg .resize { stroke: var(--resize); }
+svg .checkpoint { stroke: var(--soft); } svg .rule.checkpoint { stroke-width: 1; opacity: .28; }
+svg .dot.validation { fill: var(--validation); } svg .dot.rollback { fill: var(--rollback); }
+svg .dot.restart { fill: var(--restart); } svg .dot.resize { fill: var(--resize); }
+svg .band, svg .shade { stroke: none; opacity: .2; } svg .shade { opacity: .1; }
+svg .band.train { fill: var(--train); } svg .shade.rollback { fill: var(--rollback); }
+svg .shade.restart { fill: var(--restart); } svg .shade.resize { fill: var(--resize); }
+svg .kept { fill: var(--kept); } svg .dropped { fill: var(--dropped); } svg .again { fill: var(--undone); }
+svg .down { fill: none; stroke: var(--rollback); stroke-dasharray: 2 2; }
 """
 
 MOST_POINTS = 1200  # on a line; more than the picture has columns only makes the page heavy
@@ -86,123 +94,117 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
 
 
 @dataclass
-class Chart:
-    """Lines over an x axis; add to it, then ask for its ``svg``."""
+class Plot:
+    """One rectangle of a picture with lines over a vertical scale of its own; add to it, then ask for its ``svg``.
+
+    Attributes:
+        title: stands above it.
+        x: first and last value of the horizontal scale.
+        y: first and last value of the vertical scale; on a logarithmic one both above 0.
+        left, right, top, bottom: of the rectangle, in pixels.
+        log: logarithmic vertical scale.
+        now: stands above it at the right, the newest value for one.
+    """
 
     title: str
     x: tuple[float, float]
     y: tuple[float, float]
-    x_label: str = "step"
-    width: int = 960
-    height: int = 360
+    left: float
+    right: float
+    top: float
+    bottom: float
     log: bool = False
-    head: int = 34
-    """Pixels above the plot, for the title and marks."""
+    now: str = ""
     parts: list[str] = field(default_factory=list)
-    legend: list[tuple[str, str]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        low, high = self.y
+    def px(self, x: np.ndarray | float) -> np.ndarray:
+        """Horizontal places of values, in pixels."""
+        return self.left + (np.asarray(x, float) - self.x[0]) / (self.x[1] - self.x[0]) * (self.right - self.left)
+
+    def py(self, y: np.ndarray | float) -> np.ndarray:
+        """Vertical places of values, in pixels, kept within the rectangle."""
+        y, (low, high) = np.asarray(y, float), self.y
         if self.log:
-            low = max(low, high * 1e-6, 1e-12)
-            high = max(high, low * 1.01)
-            self.y = (low / 1.1, high * 1.1)
-        else:
-            pad = (high - low or abs(high) or 1.0) * 0.05
-            self.y = (low - pad, high + pad)
-        if self.x[0] == self.x[1]:
-            self.x = (self.x[0], self.x[1] + 1)
-        self.left, self.right, self.bottom = 58, self.width - 14, self.height - 40
+            y, low, high = np.log(np.maximum(y, low)), math.log(low), math.log(high)
+        share = np.clip((y - low) / (high - low), 0.0, 1.0)
+        return self.bottom - share * (self.bottom - self.top)
 
-    def px(self, x: float) -> float:
-        """Horizontal place of a value, in pixels."""
-        return self.left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (self.right - self.left)
-
-    def py(self, y: float) -> float:
-        """Vertical place of a value, in pixels, kept within the plot."""
-        low, high = self.y
-        if self.log:
-            y, low, high = math.log(max(y, low)), math.log(low), math.log(high)
-        share = min(max((y - low) / (high - low), 0.0), 1.0)
-        return self.bottom - share * (self.bottom - self.head)
-
-    def line(self, x: Sequence[float], y: Sequence[float], css: str, label: str = "") -> None:
-        """A line through points; what is not finite interrupts it."""
-        xs, ys = np.asarray(x, float), np.asarray(y, float)
-        finite = np.isfinite(ys)
-        edges = np.flatnonzero(np.diff(finite.astype(int))) + 1
-        for piece in np.split(np.arange(len(xs)), edges):
+    def line(self, x: np.ndarray, y: np.ndarray, css: str) -> None:
+        """A line through points, sorted by ``x``; what is not finite interrupts it."""
+        finite = np.isfinite(y)
+        for piece in np.split(np.arange(len(x)), np.flatnonzero(np.diff(finite.astype(int))) + 1):
             if len(piece) and finite[piece[0]]:
-                points = zip(*thin_out(xs[piece], ys[piece]), strict=True)
-                path = " ".join(f"{self.px(a):.1f},{self.py(b):.1f}" for a, b in points)
-                self.parts.append(f'<polyline class="line {css}" points="{path}"/>')
-        if label:
-            self.legend.append((f"line {css}", label))
+                points = _points(*thin_out(self.px(x[piece]), self.py(y[piece])))
+                self.parts.append(f'<polyline class="line {css}" points="{points}"/>')
 
-    def dots(self, x: Sequence[float], y: Sequence[float], css: str, notes: Sequence[str]) -> None:
+    def band(self, x: np.ndarray, low: np.ndarray, high: np.ndarray, css: str) -> None:
+        """The surface between two lines, all of it finite."""
+        across = np.concatenate([self.px(x), self.px(x)[::-1]])
+        points = _points(across, np.concatenate([self.py(low), self.py(high)[::-1]]))
+        self.parts.append(f'<polygon class="band {css}" points="{points}"/>')
+
+    def dots(self, x: np.ndarray, y: np.ndarray, css: str, notes: Sequence[str]) -> None:
         """A dot for every point, with a note to show under the pointer."""
-        for a, b, note in zip(x, y, notes, strict=True):
-            if math.isfinite(b):
-                self.parts.append(
-                    f'<circle class="dot {css}" cx="{self.px(a):.1f}" cy="{self.py(b):.1f}" r="3">'
-                    f"<title>{html.escape(note)}</title></circle>"
-                )
+        for a, b, note in zip(self.px(x), self.py(y), notes, strict=True):
+            self.parts.append(
+                f'<circle class="dot {css}" cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{html.escape(note)}</title></circle>'
+            )
 
-    def rule(self, x: float, css: str, note: str) -> None:
-        """A vertical line with a handle above the plot that shows a note under the pointer."""
-        a = self.px(x)
-        self.parts.append(
-            f'<g><title>{html.escape(note)}</title><line class="rule dashed {css}" x1="{a:.1f}" x2="{a:.1f}" '
-            f'y1="{self.head}" y2="{self.bottom}"/><circle class="dot {css}" cx="{a:.1f}" cy="{self.head}" r="4"/></g>'
-        )
-
-    def leap(self, start: float, end: float, css: str, note: str) -> None:
-        """An arrow above the plot from one x back to another."""
-        a, b, y = self.px(start), self.px(end), self.head - 2
-        top = y - 14
-        self.parts.append(
-            f'<g><title>{html.escape(note)}</title><path class="line {css}" d="M{a:.1f},{y} C{a:.1f},{top} '
-            f'{b:.1f},{top} {b:.1f},{y}"/><path class="line {css}" d="M{b - 4:.1f},{y - 6} L{b:.1f},{y} '
-            f'L{b + 4:.1f},{y - 6}"/></g>'
-        )
-
-    def block(self, x: float, css: str, note: str) -> None:
-        """A small mark on the x axis with a note."""
-        a = self.px(x)
-        self.parts.append(
-            f'<g><title>{html.escape(note)}</title><path class="dot {css}" d="M{a - 5:.1f},{self.bottom + 7} '
-            f'L{a + 5:.1f},{self.bottom + 7} L{a:.1f},{self.bottom - 1} Z"/></g>'
-        )
-
-    def svg(self) -> str:
-        """The chart."""
-        out = [f'<text class="bold" x="{self.left}" y="14">{html.escape(self.title)}</text>']
-        if self.log:
-            low, high = (math.log10(v) for v in self.y)
-            decades = [10.0**k for k in range(math.ceil(low), math.floor(high) + 1)]
-            ys = decades if len(decades) >= 2 else [10**v for v in ticks(low, high, 4)]
-        else:
-            ys = ticks(*self.y, about=6)
-        for value in ys:
+    def svg(self) -> list[str]:
+        """The parts of the picture: title, scale, and what was added."""
+        out = [f'<text class="bold" x="{self.left}" y="{self.top - 7:.0f}">{html.escape(self.title)}</text>']
+        if self.now:
+            where = f'text-anchor="end" x="{self.right}" y="{self.top - 7:.0f}"'
+            out.append(f'<text class="ink" {where}>{html.escape(self.now)}</text>')
+        for value in self._marks():
             y = self.py(value)
             out.append(f'<line class="grid" x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             out.append(f'<text text-anchor="end" x="{self.left - 7}" y="{y + 4:.1f}">{number(value)}</text>')
-        for value in ticks(*self.x, about=8 if self.width > 600 else 4):
-            x, y = self.px(value), self.bottom + 20
-            out.append(f'<text text-anchor="middle" x="{x:.1f}" y="{y}">{number(value)}</text>')
-        x, y = self.right, self.bottom + 36
-        out.append(f'<text text-anchor="end" x="{x}" y="{y}">{html.escape(self.x_label)}</text>')
-        out += self.parts
-        place = self.left
-        for css, label in self.legend:
-            y = self.bottom + 32
-            if css.startswith("line"):
-                out.append(f'<line class="{css}" x1="{place}" x2="{place + 20}" y1="{y}" y2="{y}"/>')
-            else:
-                out.append(f'<circle class="{css}" cx="{place + 10}" cy="{y}" r="4"/>')
-            out.append(f'<text class="ink" x="{place + 26}" y="{y + 4}">{html.escape(label)}</text>')
-            place += 42 + 6.6 * len(label)
-        return picture(self.width, self.height, out, self.title)
+        return out + self.parts
+
+    def _marks(self) -> list[float]:
+        about = max(2, round((self.bottom - self.top) / 40))
+        if not self.log:
+            return ticks(*self.y, about)
+        low, high = (math.log10(v) for v in self.y)
+        decades = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
+        if len(decades) >= 2:
+            return [10.0**k for k in decades][:: -(-len(decades) // (about + 1))]
+        return [value for value in ticks(*self.y, about) if value > 0]
+
+
+def _points(x: np.ndarray, y: np.ndarray) -> str:
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
+
+
+class Buckets(NamedTuple):
+    """Many points drawn as few: of each stretch of the horizontal axis the middle place and what the points span."""
+
+    x: np.ndarray
+    low: np.ndarray
+    median: np.ndarray
+    high: np.ndarray
+
+
+def bucketed(x: np.ndarray, y: np.ndarray, ends: tuple[float, float], count: int) -> Buckets:
+    """Lowest, median and highest point of each of ``count`` equal stretches that has any.
+
+    Args:
+        x: (n,) sorted, within ``ends``.
+        y: (n,); what is not finite is left out.
+        ends: first and last value of the axis.
+        count: of stretches.
+    """
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
+    place = np.minimum(((x - ends[0]) / (ends[1] - ends[0]) * count).astype(int), count - 1)
+    starts = np.flatnonzero(np.diff(place, prepend=-1))
+    if not len(starts):
+        return Buckets(*(np.empty(0),) * 4)
+    stops = np.append(starts[1:], len(place))
+    ordered = y[np.lexsort((y, place))]
+    middle = ordered[(starts + stops - 1) // 2]
+    return Buckets((x[starts] + x[stops - 1]) / 2, ordered[starts], middle, ordered[stops - 1])
 
 
 def picture(width: int, height: float, parts: list[str], title: str) -> str:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from jobs.charts import byte_size, number, picture
 from jobs.page import figure, folded, page, table, tiles
 from jobs.pictures import funnel_chart
+from jobs.provenance import stage_tables
 from pipelines import statistics, storage
 from pipelines.curate import stage_manifests
 from pipelines.dedup import clusters, published
@@ -37,7 +38,7 @@ def build_report(corpus: str) -> str:
     sections = [
         _headline(manifests),
         figure("Documents through the stages", funnel_chart(manifests)),
-        _stages(manifests),
+        stage_tables(manifests),
         _sources(manifests),
         _histograms(manifests),
         _kept_samples(corpus, manifests),
@@ -70,34 +71,6 @@ def _headline(manifests: dict[str, dict[str, Any]]) -> str:
         ("work of the stages", f"{seconds:,.0f} s"),
     ]
     return f"<header><h1>Corpus</h1></header>{tiles(told)}"
-
-
-def _stages(manifests: dict[str, dict[str, Any]]) -> str:
-    rows = [
-        [
-            name,
-            f"{m['documents_in']:,}",
-            f"{m['documents_out']:,}",
-            byte_size(m["bytes_in"]),
-            byte_size(m["bytes_out"]),
-            f"{100 * m['documents_out'] / max(m['documents_in'], 1):.1f} %",
-            f"{m['seconds']:.1f} s",
-            f"{byte_size(m['bytes_in'] / max(m['seconds'], 1e-9))}/s",
-        ]
-        for name, m in manifests.items()
-    ]
-    why = [
-        [name, reason, f"{counts['documents']:,}", byte_size(counts["bytes"])]
-        for name, m in manifests.items()
-        for reason, counts in m["set_aside"].items()
-    ]
-    edits = [[name, what, f"{count:,}"] for name, m in manifests.items() for what, count in m["counts"].items()]
-    header = ["stage", "documents in", "out", "bytes in", "out", "kept", "time", "speed"]
-    return (
-        table("", header, rows)
-        + folded("Why documents went", table("", ["stage", "reason", "documents", "bytes"], why))
-        + folded("What was edited", table("", ["stage", "what", "times"], edits))
-    )
 
 
 def _sources(manifests: dict[str, dict[str, Any]]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from typing import Any
 
 from jobs import cli, evaluate, export, generate, pretrain, report, session, tokenize, tokenizer
 from jobs.demo_corpus import make_corpus
+from jobs.events import sentence
 from jobs.run_folder import StoredRun, valid_steps
 from jobs.settings import DemoJob, EvaluateJob, ExportJob, Faults, GenerateJob, OfRun, PretrainJob, checked, require
 from jobs.trained import load
@@ -106,21 +105,11 @@ def summary(workspace: str, name: str) -> str:
         f"({1 - last['validation_loss'] / first['validation_loss']:.0%} lower), "
         f"{last['validation_bits_per_byte']:.3f} bits per byte"
     )
-    lines += [_told(event) for event in folder.events() if event["event"] in ("worker_failure", "resume", "rollback")]
+    told = [event for event in folder.events() if event["event"] in ("worker_failure", "resume", "rollback")]
+    lines += [f"recovery:  {sentence(event)}" for event in told]
     sample = folder.read_json("samples.json")[0]
     lines.append(f"\nsample:\n{_indented(sample['prompt'] + sample['text'])}")
     return "\n".join(lines)
-
-
-def _told(event: dict[str, Any]) -> str:
-    if event["event"] == "worker_failure":
-        return f"recovery:  lost workers of ranks {event['ranks']}"
-    if event["event"] == "resume":
-        return f"recovery:  {event['cause'].replace('_', ' ')}, went on from step {event['from_step']}"
-    return (
-        f"recovery:  {event['reason']}; back from step {event['from_step']} to the {event['checkpoint_status']} "
-        f"checkpoint of step {event['to_step']}, data steps {json.dumps(event['skipped'])} skipped"
-    )
 
 
 def _indented(text: str) -> str:

@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from jobs.charts import Chart, byte_size, number, standalone
+from jobs.charts import number, standalone
+from jobs.events import QUIET, counted, seconds, sentence, value
+from jobs.history import History
 from jobs.page import figure, folded, page, table, tiles
-from jobs.pictures import funnel_chart, loss_chart
-from jobs.run_folder import StoredRun, valid_steps
+from jobs.panels import run_picture, step_at
+from jobs.pictures import funnel_chart
+from jobs.provenance import Mixture, data_section, mixture_section
+from jobs.run_folder import StoredRun
 from jobs.settings import ReportJob
 from pipelines import storage
 from pipelines.curate import stage_manifests
@@ -21,6 +25,10 @@ from pipelines.curate import stage_manifests
 log = logging.getLogger("ingot")
 
 REPORT = "report.html"
+
+_MOST_EVENTS = 400  # in a table, the newest
+_SAMPLES_AT_ONCE = 1_000_000  # looked up in one drawing while the run goes on: about a second of work
+_MOST_HURT = 8  # rollbacks whose worst sequences are shown, the newest
 
 
 def run(settings: ReportJob) -> None:
@@ -42,35 +50,80 @@ def build_report(workspace: str, run: str) -> str:
         FileNotFoundError: there is no such run.
     """
     workspace = storage.absolute(workspace)
-    folder = StoredRun(storage.join(workspace, "runs", run))
-    facts = folder.read_json("run.json")
-    if facts is None:
-        raise FileNotFoundError(f"{folder.folder}: no run of this name; `ingot pretrain --name {run}` makes it")
-    rows, events = folder.metrics(), folder.events()
-    ledger = folder.read_json("ledger.json") or {"checkpoints": [], "skips": []}
-    manifests = stage_manifests(storage.join(workspace, "corpus"))
-    sections = [
-        _headline(facts, rows, events),
-        *_charts(rows, events, ledger["skips"]),
-        table("What happened", *_event_rows(events, all_of_them=False)),
-        folded(f"All events ({len(events)})", table("", *_event_rows(events, all_of_them=True))),
-        _samples(folder.read_json("samples.json") or []),
-        _evaluations(workspace, run),
-        _data(workspace, manifests),
-        _sweeps(workspace),
-        _checkpoints(ledger),
-        folded("Settings", f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre>"),
-    ]
-    folder.write_text(REPORT, page(f"{run}: Ingot run", "\n".join(sections)))
-    return folder.uri(REPORT)
+    return RunPage(workspace, StoredRun(storage.join(workspace, "runs", run)), name=run).write()
 
 
-def loss_picture(workspace: str, run: str, uri: str) -> None:
-    """Save the loss curve of a run as an SVG file of its own."""
+class RunPage:
+    """The page of one run, which can be written again cheaply while the run goes on.
+
+    Args:
+        workspace: that the run belongs to.
+        folder: of the run.
+        name: of the run, for its scores and for errors.
+    """
+
+    def __init__(self, workspace: str, folder: StoredRun, name: str) -> None:
+        self.workspace, self.folder, self.name = workspace, folder, name
+        self.history = History(folder)
+        self.mixture: Mixture | None = None
+
+    def write(self, again: float | None = None) -> str:
+        """Write ``report.html``, whole or not at all, from what lies on storage now.
+
+        Args:
+            again: the run goes on, and the page will be written again after about so many seconds.
+
+        Returns:
+            The page's path or URI.
+
+        Raises:
+            FileNotFoundError: there is no such run.
+            OSError: storage fails.
+        """
+        facts = self.folder.read_json("run.json")
+        if facts is None:
+            raise FileNotFoundError(
+                f"{self.folder.folder}: no run of this name; `ingot pretrain --name {self.name}` makes it"
+            )
+        self.history.update()
+        events = sorted(self.folder.events(), key=lambda event: event["time"])
+        ledger = self.folder.read_json("ledger.json") or {"checkpoints": [], "skips": []}
+        data = facts.pop("data", {})
+        sections = [
+            _headline(facts, self.history, events, live=again is not None),
+            _training(self.history, events, ledger["skips"]),
+            table("What happened", *_event_rows(self.history, events, QUIET), status="event"),
+            folded(f"All events ({len(events):,})", table("", *_event_rows(self.history, events, ()), status="event")),
+            _hurt(events),
+            self._mixture(facts, data, ledger["skips"], None if again is None else _SAMPLES_AT_ONCE),
+            _samples(self.folder.read_json("samples.json") or []),
+            _evaluations(self.workspace, self.name),
+            data_section(data),
+            _sweeps(self.workspace),
+            _checkpoints(ledger),
+            folded("Settings", f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre>"),
+        ]
+        self.folder.write_text(REPORT, page(f"{self.name}: Ingot run", "\n".join(sections), again))
+        return self.folder.uri(REPORT)
+
+    def _mixture(self, facts: dict[str, Any], data: dict[str, Any], skips: list[list[int]], most: int | None) -> str:
+        valid = self.history.valid()
+        if not len(valid["step"]):
+            return ""
+        if self.mixture is None:
+            self.mixture = Mixture(self.workspace, facts)
+        seen = self.mixture.update(valid, skips, most)
+        return mixture_section(seen, self.mixture, data.get("tokens", {}).get("train", {}).get("tokens"))
+
+
+def training_picture(workspace: str, run: str, uri: str, only: tuple[str, ...] | None = None) -> None:
+    """Save the picture of a run as an SVG file of its own; ``only`` names the panels, None draws all."""
     folder = StoredRun(storage.join(storage.absolute(workspace), "runs", run))
+    history = History(folder)
+    history.update()
+    events = sorted(folder.events(), key=lambda event: event["time"])
     ledger = folder.read_json("ledger.json") or {"skips": []}
-    chart = loss_chart(folder.metrics(), folder.events(), ledger["skips"])
-    storage.write_bytes(uri, standalone(chart.svg()).encode())
+    storage.write_bytes(uri, standalone(run_picture(history, events, ledger["skips"], only)).encode())
 
 
 def funnel_picture(workspace: str, uri: str) -> None:
@@ -82,115 +135,141 @@ def funnel_picture(workspace: str, uri: str) -> None:
 # Sections of the page
 
 
-def _headline(facts: dict[str, Any], rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:
-    train, validation = valid_steps(rows), valid_steps(rows, "validation_loss")
-    ended = next((event for event in reversed(events) if event["event"] in ("end", "stop")), None)
-    state = "unfinished"
-    if ended is not None:
-        state = "finished" if ended["event"] == "end" else "stopped"
+def _headline(facts: dict[str, Any], history: History, events: list[dict[str, Any]], live: bool) -> str:
+    train, validation = history.valid(), history.validation
+    state, alert = _state(events, live)
     told = [("parameters", number(facts.get("n_params", 0)))]
-    if train:
-        final = train[max(train)]
-        tail = [row["loss"] for row in list(train.values())[-max(1, len(train) // 50) :]]
-        told += [
-            ("steps", f"{max(train):,}"),
-            ("tokens seen", number(final.get("tokens") or 0)),
-            ("training loss", f"{train[min(train)]['loss']:.3f} → {sum(tail) / len(tail):.3f}"),
-        ]
-        speeds = [row["tokens_per_second"] for row in train.values() if row.get("tokens_per_second")]
-        if speeds:
-            told.append(("tokens per second (median)", number(float(np.median(speeds)))))
-        shares = [row["mfu"] for row in train.values() if row.get("mfu")]
-        if shares:
-            told.append(("model FLOP/s utilization", f"{100 * float(np.median(shares)):.1f} %"))
-    if validation:
-        ends = validation[min(validation)], validation[max(validation)]
-        told.append(("validation loss", " → ".join(f"{row['validation_loss']:.3f}" for row in ends)))
-        told.append(("validation bits per byte", " → ".join(f"{row['validation_bits_per_byte']:.3f}" for row in ends)))
+    if len(train["step"]):
+        told += [("steps", _of(train["step"][-1], facts)), ("tokens seen", number(train["tokens"][-1]))]
+        first, last = _begin(train["loss"]), _end(train["loss"])
+        told.append(("training loss", f"{first:.3f} → {last:.3f}"))
+        if np.isfinite(train["tokens_per_second"]).any():
+            told.append(("tokens per second (median)", number(float(np.nanmedian(train["tokens_per_second"])))))
+        if np.isfinite(train["mfu"]).any():
+            told.append(("model FLOP/s utilization", f"{np.nanmedian(train['mfu']):.1%}"))
+    if len(validation["step"]):
+        for name, key in (("validation loss", "validation_loss"), ("bits per byte", "validation_bits_per_byte")):
+            told.append((name, f"{validation[key][0]:.3f} → {validation[key][-1]:.3f}"))
     count = [sum(event["event"] == kind for event in events) for kind in ("rollback", "resume")]
-    told.append(("recoveries", f"{_counted(count[0], 'rollback')}, {_counted(count[1], 'restart')}"))
-    began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["started"])) if facts.get("started") else ""
-    alert = f'<p class="alert">{html.escape(ended["diagnosis"])}</p>' if state == "stopped" else ""
-    where = "" if "world_size" not in facts else f"{_counted(facts['world_size'], 'worker')} on {facts['device']}"
+    told.append(("recoveries", f"{counted(count[0], 'rollback')}, {counted(count[1], 'restart')}"))
+    lines = []
+    starts = [event["time"] for event in events if event["event"] == "start"] or [facts.get("started")]
+    if starts[0]:
+        lines.append(f"started {_date(starts[0])}")
+    if "world_size" in facts:
+        lines.append(f"{counted(facts['world_size'], 'worker')} on {facts['device']}")
+    if live:
+        lines.append(f"as of {_date(time.time())}")
     return (
         f'<header><h1>{html.escape(str(facts.get("name", "run")))} <i class="{state}">{state}</i></h1>'
-        f"<p>{html.escape(f'started {began}, {where}' if began else where)}</p></header>{alert}"
-        f"{tiles(told)}"
+        f"<p>{html.escape(', '.join(lines))}</p></header>{alert}{tiles(told)}"
     )
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+def _state(events: list[dict[str, Any]], live: bool) -> tuple[str, str]:
+    """How the run stands, in a word, and what is to be told at once, as HTML."""
+    if live:
+        return "running", ""
+    since = next((i for i in reversed(range(len(events))) if events[i]["event"] == "start"), 0)
+    ended = next((event for event in reversed(events[since:]) if event["event"] in ("end", "stop")), None)
+    if ended is None:
+        return "unfinished", ""
+    if ended["event"] == "end":
+        return "finished", ""
+    return "stopped", f'<p class="alert">{html.escape(ended["diagnosis"])}</p>'
 
 
-def _reading_help(events: list[dict[str, Any]], skips: list[list[int]]) -> str:
-    text = "Point at a mark to read what happened." if any(e["event"] in ("rollback", "resume") for e in events) else ""
+def _of(step: float, facts: dict[str, Any]) -> str:
+    steps = facts.get("settings", {}).get("steps")
+    return f"{step:,.0f}" + (f" of {steps:,}" if steps and steps != step else "")
+
+
+def _begin(values: np.ndarray) -> float:
+    return float(values[np.isfinite(values)][0]) if np.isfinite(values).any() else np.nan
+
+
+def _end(values: np.ndarray) -> float:
+    """Mean of the last fiftieth, at least the last."""
+    finite = values[np.isfinite(values)]
+    return float(finite[-max(1, len(finite) // 50) :].mean()) if len(finite) else np.nan
+
+
+def _date(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment))
+
+
+def _training(history: History, events: list[dict[str, Any]], skips: list[list[int]]) -> str:
+    if not len(history.steps["step"]):
+        return ""
+    kinds = {event["event"] for event in events}
+    help_ = "Point at a mark or at the strip of time to read what happened." if kinds - {"start"} else ""
+    if "rollback" in kinds or "resume" in kinds:
+        help_ += " Shaded steps were undone and trained again."
     if skips:
-        ranges = ", ".join(f"{first} to {after - 1}" for first, after in skips)
-        text += f" Triangles on the axis: where data was skipped (data steps {ranges})."
-    return text.strip()
+        ranges = ", ".join(f"{first:,} to {after - 1:,}" for first, after in skips[-20:])
+        help_ += f" Triangles on the axis: where data was skipped (data steps {ranges})."
+    return figure("Training", run_picture(history, events, skips), help_.strip())
 
 
-def _charts(rows: list[dict[str, Any]], events: list[dict[str, Any]], skips: list[list[int]]) -> list[str]:
-    if not rows:
-        return []
-    loss = figure("Training", loss_chart(rows, events, skips).svg(), _reading_help(events, skips))
-    charts = []
-    for key, title, log_scale in (
-        ("lr", "Learning rate", False),
-        ("grad_norm", "Gradient norm before clipping", True),
-        ("tokens_per_second", "Tokens per second", False),
-        ("mfu", "Model FLOP/s utilization", False),
-    ):
-        valid = valid_steps(rows, key)
-        if valid:
-            values = [row[key] for row in valid.values()]
-            low = min((v for v in values if v > 0), default=1e-12) if log_scale else 0.0
-            chart = Chart(title, (0, max(valid)), (low, max(values)), width=470, height=240, log=log_scale)
-            chart.line(list(valid), values, "train")
-            charts.append(f"<figure>{chart.svg()}</figure>")
-    return [loss, f'<div class="grid">{"".join(charts)}</div>']
-
-
-def _event_rows(events: list[dict[str, Any]], all_of_them: bool) -> tuple[list[str], list[list[str]]]:
-    began = events[0]["time"] if events else 0.0
+def _event_rows(
+    history: History, events: list[dict[str, Any]], without: tuple[str, ...]
+) -> tuple[list[str], list[list[str]]]:
+    told = [event for event in events if event["event"] not in without]
     rows = []
-    for event in events:
-        if all_of_them or event["event"] not in ("checkpoint", "outlier"):
-            told = {k: v for k, v in event.items() if k not in ("time", "event", "step", "documents")}
-            if documents := event.get("documents"):
-                first = ", ".join(row["url"] or f"{row['source']} {row['id']}" for row in documents[:3])
-                told["documents"] = f"{len(documents)} in the batches that stood out, such as {first}"
-            facts = ", ".join(f"{k.replace('_', ' ')} {_value(v)}" for k, v in told.items() if v is not None)
-            rows.append([_duration(event["time"] - began), event["event"], _value(event.get("step", "")), facts])
-    return ["after", "event", "step", ""], rows
+    if len(told) > _MOST_EVENTS:
+        rows.append(["", "", "", f"{len(told) - _MOST_EVENTS:,} earlier ones are in events.jsonl"])
+    for event in told[-_MOST_EVENTS:]:
+        step = event["step"] if event.get("step") is not None else step_at(history, event["time"])
+        kind = event["event"].replace("_", " ")
+        rows.append([seconds(event["time"] - events[0]["time"]), f"{step:,}", kind, sentence(event)])
+    return ["after", "step", "event", ""], rows
 
 
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+def _hurt(events: list[dict[str, Any]]) -> str:
+    """The sequences with the highest losses in the data that made the run go back."""
+    out = []
+    for event in [event for event in events if event.get("documents")][-_MOST_HURT:]:
+        documents = event["documents"]
+        quotes = "".join(map(_quote, documents))
+        title = f"Step {event.get('step', event.get('from_step', 0)):,}: {counted(len(documents), 'sequence')}"
+        title += f" of data steps {event['skipped'][0]:,} to {event['skipped'][1] - 1:,}" if "skipped" in event else ""
+        out.append(folded(f"{title}, {_where(documents[0])} first", quotes))
+    note = "<p>The sequences with the highest loss in the data that made the run go back; it is skipped for good.</p>"
+    return f"<section><h2>What hurt</h2>{note}{''.join(out)}</section>" if out else ""
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def _where(document: dict[str, Any]) -> str:
+    return document.get("url") or f"{document.get('source') or 'document'} {document.get('id', '')}"
+
+
+def _quote(document: dict[str, Any]) -> str:
+    facts = [] if document.get("loss") is None else [f"loss {document['loss']:.3f}"]
+    facts += [f"{document[key]}" for key in ("source", "url") if document.get(key)]
+    facts += [f"id {document['id']}"] if document.get("id") else []
+    if document.get("data_step") is not None:
+        facts.append(f"data step {document['data_step']:,}, sample {document.get('sample', 0):,}")
+    if others := document.get("others"):
+        facts.append(f"and parts of {counted(len(others), 'other document')}")
+    excerpt = html.escape(document.get("excerpt") or "")
+    return f"<blockquote><b>{html.escape(' · '.join(facts))}</b>\n{excerpt}</blockquote>"
 
 
 def _checkpoints(ledger: dict[str, Any]) -> str:
+    deleted = sum(bool(entry.get("deleted")) for entry in ledger["checkpoints"])
     rows = [
         [
             f"{entry['step']:,}",
             number(entry["tokens"]),
-            "" if entry.get("loss") is None else f"{entry['loss']:.4f}",
+            *("" if entry.get(key) is None else f"{entry[key]:.4f}" for key in ("loss", "validation_loss")),
             entry["status"],
-            "deleted" if entry.get("deleted") else entry["folder"],
+            entry["folder"],
         ]
         for entry in ledger["checkpoints"]
+        if not entry.get("deleted")
     ]
-    return table("Checkpoints", ["step", "tokens", "loss", "status", "folder"], rows)
+    header = ["step", "tokens", "loss", "validation loss", "status", "folder"]
+    note = f"<p>{counted(deleted, 'older one')} made room for newer ones.</p>" if deleted else ""
+    return table("Checkpoints", header, rows, status="status") + note
 
 
 def _samples(samples: list[dict[str, str]]) -> str:
@@ -212,53 +291,13 @@ def _evaluations(workspace: str, run: str) -> str:
         groups |= {name: group for name, group in found.items() if isinstance(group, dict)}
         for name, group in groups.items():
             told = {k: v for k, v in group.items() if isinstance(v, int | float | str)}
-            rows += [[f"{name} {key}".strip().replace("_", " "), _value(value)] for key, value in told.items()]
+            rows += [[f"{name} {key}".strip().replace("_", " "), value(fact)] for key, fact in told.items()]
             # What goes deeper, such as the accuracy of each subject
-            for key, value in group.items():
-                if name and isinstance(value, dict):
-                    lines = [[inner.replace("_", " "), _value(v)] for inner, v in value.items()]
+            for key, deeper in group.items():
+                if name and isinstance(deeper, dict):
+                    lines = [[inner.replace("_", " "), value(v)] for inner, v in deeper.items()]
                     details.append(folded(f"{name}: {key.replace('_', ' ')}", table("", ["", ""], lines)))
     return table("Evaluation", ["", ""], rows) + "".join(details)
-
-
-def _data(workspace: str, manifests: dict[str, dict[str, Any]]) -> str:
-    out = []
-    if manifests:
-        rows = [
-            [
-                stage,
-                f"{m['documents_in']:,}",
-                f"{m['documents_out']:,}",
-                byte_size(m["bytes_in"]),
-                byte_size(m["bytes_out"]),
-                f"{100 * m['documents_out'] / max(m['documents_in'], 1):.1f} %",
-            ]
-            for stage, m in manifests.items()
-        ]
-        why = [
-            [stage, reason, f"{counts['documents']:,}", byte_size(counts["bytes"])]
-            for stage, m in manifests.items()
-            for reason, counts in sorted(m["set_aside"].items(), key=lambda item: -item[1]["documents"])
-        ]
-        out.append(figure("Data", funnel_chart(manifests), ""))
-        out.append(table("", ["stage", "documents in", "out", "bytes in", "out", "kept"], rows))
-        out.append(folded("Why documents went", table("", ["stage", "reason", "documents", "bytes"], why)))
-    uri = storage.join(workspace, "tokenizer", "manifest.json")
-    rows = []
-    if storage.exists(uri):
-        tokenizer = storage.read_json(uri)
-        told = (
-            f"{tokenizer['vocab_size']:,} tokens in the vocabulary, {tokenizer['bytes_per_token']:.2f} bytes per token"
-        )
-        rows.append(["tokenizer", told])
-    for split in ("train", "validation"):
-        uri = storage.join(workspace, "tokens", split, "manifest.json")
-        if storage.exists(uri):
-            m = storage.read_json(uri)
-            told = f"{number(m['tokens'])} tokens of {m['documents']:,} documents, {byte_size(m['bytes'])} of text"
-            rows.append([f"tokens, {split}", told])
-    out.append(table("Tokens", ["", ""], rows))
-    return "".join(out)
 
 
 def _sweeps(workspace: str) -> str:
@@ -274,7 +313,7 @@ def _sweeps(workspace: str) -> str:
         result = storage.read_json(file.uri)
         trials = result["trials"]
         header = list(dict.fromkeys(key for trial in trials for key in trial))
-        rows = [[_value(trial.get(key, "")) for key in header] for trial in trials]
+        rows = [[value(trial.get(key, "")) for key in header] for trial in trials]
         name = file.uri.rstrip("/").rsplit("/", 2)[-2]
         out.append(table(f"Sweep {name}", header, rows))
     return "".join(out)

@@ -1,6 +1,5 @@
 import json
 import math
-import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -8,15 +7,15 @@ import numpy as np
 import pytest
 
 from jobs import report
-from jobs.charts import byte_size, number, smooth, thin_out, ticks
-from jobs.pictures import loss_chart, undone_stretches
+from jobs.charts import bucketed, byte_size, number, smooth, thin_out, ticks
+from jobs.provenance import data_facts
 from jobs.run_folder import StoredRun
 
 
 class Page(HTMLParser):
     """Checks that tags are closed as they were opened, and collects what a browser would fetch or run."""
 
-    void = frozenset({"meta", "circle", "line", "rect", "polyline", "path"})
+    void = frozenset({"meta", "line", "polyline", "polygon", "path"})
 
     def __init__(self):
         super().__init__()
@@ -79,9 +78,15 @@ def workspace(tmp_path):
     train(41, 130, 40)
     train(131, 131, 130, bad=True)
     event("spike", step=130, loss=7.2, median=3.2, reason="loss far above its median")
+    hurt = [
+        {"loss": 9.25, "data_step": 127, "sample": 3, "id": "d1", "source": "web", "url": "a.example/1"}
+        | {"excerpt": "<b>qqqq qqqq", "others": ["d7", "d8"]},
+        {"loss": None, "data_step": 126, "sample": 0, "id": "d2", "source": "books", "url": None, "excerpt": "AAAA"},
+    ]
     event(
-        "rollback", step=131, from_step=131, to_step=120, checkpoint_status="clean", skipped=[125, 135], reason="loss"
-    )
+        "rollback", step=131, from_step=131, to_step=120, checkpoint_status="clean", source="memory", seconds=0.5,
+        skipped=[125, 135], reason="loss far above its median", documents=hurt,
+    )  # fmt: skip
     train(121, 125, 120)
     train(126, 200, 135)
     event("checkpoint", step=200)
@@ -89,8 +94,6 @@ def workspace(tmp_path):
     for i, chunk in enumerate((rows[:90], rows[90:])):
         (run / "metrics" / f"{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chunk))
     (run / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    facts = {"name": "base", "n_params": 1_100_000, "device": "cpu", "world_size": 2, "started": 1_000_000.0}
-    (run / "run.json").write_text(json.dumps(facts | {"settings": {"steps": 200}, "model": {}}))
     checkpoints = [
         {"step": s, "data_step": s, "tokens": s * 8192, "loss": None if s == 0 else 4.0, "status": status, "time": 1.0}
         | {"folder": f"checkpoints/step-{s:08d}", "deleted": s == 0}
@@ -107,18 +110,26 @@ def workspace(tmp_path):
         ("filter", {"gopher quality: mean word length": 200, "language: de": 40, "gopher repetition: lines": 7}),
         ("exact", {"exact duplicate": 300}),
         ("near", {"near duplicate": 150}),
+        ("clean", {}),
     ):
         gone = sum(reasons.values())
         aside = {reason: {"documents": n, "bytes": n * 9000} for reason, n in reasons.items()}
-        manifest = {"stage": stage, "documents_in": documents, "documents_out": documents - gone, "set_aside": aside}
+        manifest = {
+            "fingerprint": f"of {stage}",
+            "stage": stage,
+            "documents_in": documents,
+            "documents_out": documents - gone,
+            "set_aside": aside,
+        }
         manifest |= {"bytes_in": size, "bytes_out": size - gone * 9000}
         documents, size = documents - gone, size - gone * 9000
         (tmp_path / "corpus" / stage).mkdir(parents=True)
         (tmp_path / "corpus" / stage / "manifest.json").write_text(json.dumps(manifest))
+    made = {"fingerprint": "of tokens", "inputs": {"corpus": "of clean"}}
     for name, manifest in (
         ("tokenizer", {"vocab_size": 4096, "bytes_per_token": 3.21}),
-        ("tokens/train", {"tokens": 9_100_000, "documents": 1200, "bytes": 29_000_000}),
-        ("tokens/validation", {"tokens": 190_000, "documents": 25, "bytes": 610_000}),
+        ("tokens/train", {"tokens": 9_100_000, "documents": 1200, "bytes": 29_000_000} | made),
+        ("tokens/validation", {"tokens": 190_000, "documents": 25, "bytes": 610_000} | made),
         ("sweeps/lr", None),
         ("evals/base", None),
     ):
@@ -130,6 +141,9 @@ def workspace(tmp_path):
     (tmp_path / "evals/base/results.json").write_text(
         json.dumps({"name": "base", "time": 9.9, "validation_loss": 3.045, "mmlu": {"all": 0.2513, "by": {"law": 0.3}}})
     )
+    facts = {"name": "base", "n_params": 1_100_000, "device": "cpu", "world_size": 2, "tokens_manifest": "older tokens"}
+    facts |= {"settings": {"steps": 200}, "model": {}, "data": data_facts(str(tmp_path))}
+    (run / "run.json").write_text(json.dumps(facts))
     return str(tmp_path)
 
 
@@ -145,8 +159,10 @@ def test_the_page_tells_the_whole_story_and_needs_nothing_beside_itself(workspac
         "base finished",
         "1.1M parameters",
         "1 rollback, 1 restart",
-        "rollback from step 131 to 120: loss; data steps 125 to 134 skipped",
-        "worker restart at step 60: resumed from step 40",
+        "step 131: went back from step 131 to 120 from memory in 0.5 s; data steps 125 to 134 are skipped for good",
+        "step 60: goes on from the checkpoint of step 40 with 2 workers; workers were lost",
+        "step 200: checkpoint of step 200 is safe",
+        "The tokens that this run was trained on are not in the workspace any more.",
         "2,000",  # documents in
         "gopher quality: mean word length",
         "3.21 bytes per token",
@@ -179,37 +195,64 @@ def test_a_stopped_run_shows_its_diagnosis(workspace):
     assert '<p class="alert">3 rollbacks</p>' in text
 
 
-def test_undone_steps_are_those_that_a_later_row_replaced(workspace):
-    rows = StoredRun(f"{workspace}/runs/base").metrics()
-    undone = undone_stretches(rows)
-    assert [(xs[0], xs[-1], len(xs)) for xs, _ in undone] == [(41, 60, 20), (121, 131, 11)]
-    chart = loss_chart(rows, [], [[125, 135]])
-    lines = re.findall(r'class="line ([^"]*)" points="([^"]*)"', chart.svg())
-    assert [css for css, _ in lines].count("undone dashed") == 2
-    # The spike that was undone does not squeeze the rest: half of the picture's height is used by what counts.
-    heights = [float(point.split(",")[1]) for css, points in lines if css == "train" for point in points.split()]
-    assert max(heights) - min(heights) > 0.5 * (chart.bottom - chart.head)
+def test_a_run_that_goes_on_is_drawn_as_it_is_now_and_looked_at_again(workspace):
+    page = report.RunPage(workspace, StoredRun(f"{workspace}/runs/base"), "base")
+    text = Path(page.write(again=30.0)).read_text()
+    assert '<meta http-equiv="refresh" content="30">' in text
+    assert "running" in " ".join(parse(text).text)
+    text = Path(page.write()).read_text()
+    assert "http-equiv" not in text
+    assert "finished" in " ".join(parse(text).text)
 
 
-def test_a_loss_that_is_not_finite_interrupts_the_line(workspace):
-    rows = StoredRun(f"{workspace}/runs/base").metrics()
-    bad = next(row for row in rows if row["step"] == 50)
-    bad["loss"] = None
-    svg = loss_chart(rows, [], []).svg()
-    assert "nan" not in svg
-    assert svg.count("undone dashed") == 3 + 1  # one of the two stretches in two pieces, and the legend
+def test_the_data_section_is_the_runs_own_when_the_corpus_was_made_anew(workspace):
+    stages = Path(workspace, "corpus")
+    for stage in ("exact", "clean"):
+        manifest = json.loads((stages / stage / "manifest.json").read_text())
+        (stages / stage / "manifest.json").write_text(
+            json.dumps(manifest | {"documents_in": 77_777, "fingerprint": "x"})
+        )
+    shown = Path(report.build_report(workspace, "base")).read_text()
+    assert "77,777" not in shown
+    assert "<td>exact</td>" in shown
+    assert data_facts(workspace)["stages"] == {}  # for the tokens were made of another corpus
+
+
+def test_what_made_the_run_go_back_is_shown_with_its_text(workspace):
+    shown = " ".join(Path(report.build_report(workspace, "base")).read_text().split())
+    assert "Step 131: 2 sequences of data steps 125 to 134, a.example/1 first" in shown
+    assert "loss 9.250 · web · a.example/1 · id d1 · data step 127, sample 3 · and parts of 2 other documents" in shown
+    assert "&lt;b&gt;qqqq qqqq" in shown
+
+
+def test_only_words_of_state_are_coloured(workspace):
+    shown = Path(report.build_report(workspace, "base")).read_text()
+    assert '<td class="good">clean</td>' in shown  # a checkpoint
+    assert "<td>clean</td>" in shown  # the stage of that name
+
+
+def test_only_the_newest_of_many_events_are_in_the_table(workspace):
+    run = StoredRun(f"{workspace}/runs/base")
+    lines = [json.dumps({"time": 2e6 + i, "event": "validation_failed", "step": i, "error": "x"}) for i in range(1000)]
+    run.append_line("events.jsonl", "\n".join(lines))
+    text = Path(report.build_report(workspace, "base")).read_text()
+    assert 800 <= text.count("could not be measured") < 1200  # in two tables, and in few notes of marks
+    assert "earlier ones are in events.jsonl" in text
 
 
 def test_pictures_stand_alone(workspace, tmp_path):
     from xml.etree import ElementTree as ET
 
-    report.loss_picture(workspace, "base", str(tmp_path / "loss.svg"))
+    report.training_picture(workspace, "base", str(tmp_path / "loss.svg"), only=("Loss",))
+    report.training_picture(workspace, "base", str(tmp_path / "all.svg"))
     report.funnel_picture(workspace, str(tmp_path / "funnel.svg"))
-    for name in ("loss", "funnel"):
+    for name in ("loss", "all", "funnel"):
         root = ET.parse(tmp_path / f"{name}.svg").getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         assert int(root.get("height")) > 100
         assert "prefers-color-scheme: dark" in "".join(root.itertext())
+    titles = ["".join(ET.parse(tmp_path / f"{name}.svg").getroot().itertext()) for name in ("loss", "all")]
+    assert ["Learning rate" in title for title in titles] == [False, True]
     bars = [e for e in ET.parse(tmp_path / "funnel.svg").iter() if e.get("class") == "kept"]
     widths = [float(bar.get("width")) for bar in bars]
     # by hand: 1987 of 2000 documents after extract, 1290 of 2000 at the end
@@ -223,6 +266,19 @@ def test_thinning_keeps_every_spike():
     assert len(x) <= 1202
     assert thinned[x == 777] == 9
     assert thinned[x == 43_210] == -9
+
+
+def test_buckets_have_lowest_median_and_highest_of_their_points():
+    rng = np.random.default_rng(0)
+    x, y = np.sort(rng.uniform(0, 50, 3000)), rng.normal(size=3000)
+    y[::7] = np.nan
+    few = bucketed(x, y, (0.0, 50.0), 20)
+    for place, (low, median, high) in enumerate(zip(few.low, few.median, few.high, strict=True)):
+        mine = np.sort(y[(x >= 2.5 * place) & (x < 2.5 * (place + 1)) & np.isfinite(y)])
+        assert (low, high) == (mine[0], mine[-1])
+        assert median == mine[(len(mine) - 1) // 2]
+        assert 2.5 * place <= few.x[place] <= 2.5 * (place + 1)
+    assert [len(part) for part in bucketed(x[:0], y[:0], (0.0, 1.0), 5)] == [0, 0, 0, 0]
 
 
 def test_numbers_read_well():
