@@ -14,9 +14,11 @@ from jobs import trainer
 from jobs.inputs import check_fits
 from jobs.lease import lease
 from jobs.progress import Progress
+from jobs.provenance import data_facts
 from jobs.run_folder import StoredRun, valid_steps
 from jobs.session import ray_session
 from jobs.settings import PretrainJob, SettingsError
+from jobs.sinks import check_installed
 from jobs.worker import since_start
 from models.training.loop import TrainingStoppedError
 from pipelines import storage
@@ -29,6 +31,7 @@ _FREE = {
     "workspace", "name", "on_change", "workers", "min_workers", "resize_every_seconds", "start_timeout_seconds",
     "device", "cpus_per_worker", "microbatch", "compile", "checkpoint_every", "keep_checkpoints", "clean_after",
     "validate_every", "validation", "validation_gpus", "max_failures", "max_preemptions", "faults", "spikes",
+    "keep_every", "keep_best", "host_snapshots", "profile", "parallelism", "recompute", "track", "report_every",
 }  # fmt: skip
 
 
@@ -107,6 +110,8 @@ def _train(settings: PretrainJob, folder: StoredRun, callbacks: list[Any], watch
             "world_size": settings.workers,
             "started": time.time(),
             "version": ingot_version(),
+            # As it was at the first start: the workspace's corpus goes on.
+            "data": (folder.read_json("run.json") or {}).get("data") or data_facts(settings.workspace),
         },
     )
     attempt = len([e for e in folder.events() if e["event"] == "start"]) + 1
@@ -155,6 +160,7 @@ def _open(settings: PretrainJob, folder_name: str | None = None) -> tuple[Pretra
     """
     # Ray Train's workers have working directories of their own, so a relative path must not reach them.
     settings = dataclasses.replace(settings, workspace=storage.absolute(settings.workspace))
+    check_installed(settings.track)
     manifest, _ = check_fits(settings)
     folder = StoredRun(storage.join(settings.workspace, folder_name or f"runs/{settings.name}"))
     changed = _changes(folder, settings, manifest["fingerprint"])
