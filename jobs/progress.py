@@ -17,6 +17,8 @@ log = logging.getLogger("ingot")
 
 _DRAWING_SHARE = 0.02  # of the time, at most, goes into drawing the page, however long the run gets
 
+_SAMPLES_AT_ONCE = 1_000_000  # looked up for the mixture in one drawing: half a second of work
+
 
 class Progress(threading.Thread):
     """A thread that logs a line every few seconds and the run's events as they come, and draws the run's page.
@@ -59,7 +61,7 @@ class Progress(threading.Thread):
     def _draw(self, again: float | None) -> None:
         began = time.monotonic()
         try:
-            self.page.write(again)
+            self.page.write(again, most=_SAMPLES_AT_ONCE)
             self.page_fails = False
         except Exception as error:
             if not self.page_fails:

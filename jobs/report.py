@@ -27,7 +27,6 @@ log = logging.getLogger("ingot")
 REPORT = "report.html"
 
 _MOST_EVENTS = 400  # in a table, the newest
-_SAMPLES_AT_ONCE = 1_000_000  # looked up in one drawing while the run goes on: about a second of work
 _MOST_HURT = 8  # rollbacks whose worst sequences are shown, the newest
 
 
@@ -67,11 +66,12 @@ class RunPage:
         self.history = History(folder)
         self.mixture: Mixture | None = None
 
-    def write(self, again: float | None = None) -> str:
+    def write(self, again: float | None = None, most: int | None = None) -> str:
         """Write ``report.html``, whole or not at all, from what lies on storage now.
 
         Args:
             again: the run goes on, and the page will be written again after about so many seconds.
+            most: samples to look up for the mixture this time; None looks up all.
 
         Returns:
             The page's path or URI.
@@ -95,7 +95,7 @@ class RunPage:
             table("What happened", *_event_rows(self.history, events, QUIET), status="event"),
             folded(f"All events ({len(events):,})", table("", *_event_rows(self.history, events, ()), status="event")),
             _hurt(events),
-            self._mixture(facts, data, ledger["skips"], None if again is None else _SAMPLES_AT_ONCE),
+            self._mixture(facts, data, ledger["skips"], most),
             _samples(self.folder.read_json("samples.json") or []),
             _evaluations(self.workspace, self.name),
             data_section(data),

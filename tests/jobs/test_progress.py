@@ -88,7 +88,7 @@ def test_a_page_that_cannot_be_drawn_is_no_reason_to_end(run, caplog):
 
 def test_drawing_takes_a_small_share_of_the_time_however_long_it_takes(run, monkeypatch):
     progress = Progress(run, settings(run, report_every=1.0))
-    monkeypatch.setattr(progress.page, "write", lambda again: time.sleep(0.05))
+    monkeypatch.setattr(progress.page, "write", lambda again, most: time.sleep(0.05))
     before = time.monotonic()
     progress._draw(again=1.0)
     assert progress.rested - before >= 50 * 0.05
