@@ -8,6 +8,7 @@ import torch._functorch.config
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from models.attention import document_index
 from models.config import ModelConfig, OptimizerConfig
 from models.mesh import Parallelism, data_rank_and_world, make_mesh
 from models.optimizer import build_optimizer, grad_norm
@@ -42,7 +43,9 @@ def whole_weights(model):
 
 
 def train(config, layout=None, recompute=1.0):
-    """Losses and gradient norms of some steps of two microbatches, then losses of tokens; weights before and after.
+    """Losses and gradient norms of some steps of two microbatches, losses of tokens; weights before and after.
+
+    Documents are kept apart in the model with tied embeddings.
 
     With a layout, by all processes together, from a model on the meta device.
     """
@@ -62,7 +65,9 @@ def train(config, layout=None, recompute=1.0):
         for i, microbatch in enumerate(batch):
             set_gradient_sync(model, i == 1)
             mine = microbatch.chunk(world)[rank]
-            loss = model(mine[:, :-1], mine[:, 1:], reduction="sum")
+            inputs, targets = mine[:, :-1], mine[:, 1:]
+            options = {"documents": document_index(inputs, 0)} if config.tied_embeddings else {}
+            loss, by_token = model(inputs, targets, reduction="sum", token_losses=True, **options)
             (loss * world / TOKENS).backward()
             total += loss.detach()
         norm = grad_norm(model)
@@ -75,8 +80,8 @@ def train(config, layout=None, recompute=1.0):
             total *= world / dist.get_world_size()
         losses.append(total.item() / TOKENS)
     with torch.no_grad():
-        by_token = model(mine[:, :-1], mine[:, 1:], reduction="none")
-    return losses, norms, by_token, first, whole_weights(model)
+        after = model(inputs, targets, reduction="none")
+    return losses, norms, torch.stack([by_token, after]), first, whole_weights(model)
 
 
 def compiled_graphs():
@@ -122,7 +127,7 @@ def equal_one_worker(results, layouts, configs):
                 assert torch.equal(weight, expected[3][name]), (layout, name)
             assert losses == pytest.approx(expected[0], rel=1e-5), layout
             assert norms == pytest.approx(expected[1], rel=1e-5), layout
-            torch.testing.assert_close(by_token, expected[2][: len(by_token)], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(by_token, expected[2][:, : by_token.shape[1]], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(weights, expected[4], rtol=1e-4, atol=1e-4)  # Adam enlarges what is near 0
 
 
