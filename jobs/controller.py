@@ -118,7 +118,7 @@ class RunController(ControllerCallback, WorkerGroupCallback):
             if not isinstance(previous_state, ShuttingDownState):
                 self._failed(last.training_failed_error)
         elif isinstance(current_state, ReschedulingState) and not isinstance(previous_state, ReschedulingState):
-            self._note("waiting_for_nodes", error=_first_line(current_state.training_failed_error))
+            self._note("waiting_for_nodes", error=_cause(current_state.training_failed_error))
             self._tell()  # there are no workers
         if current_state.is_terminal():
             self._tell()
@@ -130,7 +130,7 @@ class RunController(ControllerCallback, WorkerGroupCallback):
         elif isinstance(error, PreemptionError):
             self._note("preempted", ranks=error.preemption_info.preempted_ranks)
         elif isinstance(error, ControllerError) and not isinstance(error.controller_failure, HOPELESS):
-            self._note("controller_failure", error=_first_line(error.controller_failure))
+            self._note("controller_failure", error=_cause(error))
 
     def _note(self, event: str, **facts: Any) -> None:
         line = {"time": time.time(), "event": event, **facts}
@@ -147,3 +147,8 @@ class RunController(ControllerCallback, WorkerGroupCallback):
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:300]
+
+
+def _cause(error: Exception) -> str:
+    """In one line, without what Ray Train says around it."""
+    return _first_line(error.controller_failure if isinstance(error, ControllerError) else error)

@@ -59,6 +59,7 @@ def fit(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: bool, ca
             if not isinstance(error, ControllerError):  # it could not tell itself
                 _tell(folder, error)
             time.sleep(pause)
+            _free_what_it_held()
         else:
             return
 
@@ -89,6 +90,26 @@ def _ray_lives() -> bool:
         return bool(ray.is_initialized() and ray.cluster_resources())
     except (RayError, OSError):
         return False
+
+
+def _free_what_it_held() -> None:
+    """Remove the placement groups of controllers that died, and with them workers that are left.
+
+    Ray frees them only when the whole job ends. Ray Train's own cleaner asks the dashboard, which a session that was
+    started for one job does without; a new group would wait for the cores of the old one forever.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util import remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    job = ray.get_runtime_context().get_job_id()
+    for serialized in state._connect_and_get_accessor().get_placement_group_table():
+        found = PlacementGroupTableData.FromString(serialized)
+        ours = found.creator_job_id.hex() == job and found.creator_actor_dead and not found.is_detached
+        if ours and found.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(found.placement_group_id)))
 
 
 def _trainer(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: bool, callbacks: list[Any]) -> Any:

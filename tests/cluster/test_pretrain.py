@@ -189,7 +189,9 @@ def test_a_killed_controller_is_started_again_and_the_run_ends_bit_for_bit(works
 
     killer = threading.Thread(target=kill)
     killer.start()
+    # All cores of the session: the new workers need those of the old ones.
     given = settings(workspace, "headless", checkpoint_every=5, faults=Faults(slow_worker_seconds=0.05))
+    given.cpus_per_worker = 2
     job.pretrain(given)
     killer.join()
     run = run_of(workspace, "headless")
