@@ -42,7 +42,7 @@ def whole_weights(model):
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def train(config, layout=None, recompute=1.0):
+def train(config, layout=None, **options):
     """Losses and gradient norms of some steps of two microbatches, losses of tokens; weights before and after.
 
     Documents are kept apart in the model with tied embeddings.
@@ -53,7 +53,7 @@ def train(config, layout=None, recompute=1.0):
     mesh = make_mesh(layout, "cpu") if layout else None
     with torch.device("meta" if layout else "cpu"):
         model = Transformer(config, seed=None)
-    parallelize(model, mesh, "cpu", recompute=recompute).init_weights(1)
+    parallelize(model, mesh, "cpu", **options).init_weights(1)
     first = {name: weight.clone() for name, weight in whole_weights(model).items()}
     optimizer = build_optimizer(model, OptimizerConfig(lr=3e-3))
     rank, world = data_rank_and_world(mesh)
@@ -66,8 +66,8 @@ def train(config, layout=None, recompute=1.0):
             set_gradient_sync(model, i == 1)
             mine = microbatch.chunk(world)[rank]
             inputs, targets = mine[:, :-1], mine[:, 1:]
-            options = {"documents": document_index(inputs, 0)} if config.tied_embeddings else {}
-            loss, by_token = model(inputs, targets, reduction="sum", token_losses=True, **options)
+            documents = document_index(inputs, 0) if config.tied_embeddings else None
+            loss, by_token = model(inputs, targets, reduction="sum", token_losses=True, documents=documents)
             (loss * world / TOKENS).backward()
             total += loss.detach()
         norm = grad_norm(model)
@@ -112,6 +112,7 @@ def worker(rank, world, folder):
     counts = None
     if world == 2:
         results.append(train(TINY, LAYOUTS_OF_2[2], recompute=0.5))
+        results += [train(TIED, layout, precision="bf16") for layout in LAYOUTS_OF_2]
         counts = compiled_graphs()
     if rank == 0:
         torch.save((results, counts), f"{folder}/results.pt")
@@ -140,6 +141,11 @@ def test_two_workers_equal_one_in_every_layout(tmp_path):
     recomputed = train(TINY)
     assert losses == pytest.approx(recomputed[0], rel=1e-5)
     assert norms == pytest.approx(recomputed[1], rel=1e-5)
+    exact = train(TIED)
+    for layout, (losses, norms, *_) in zip(LAYOUTS_OF_2, results, strict=True):
+        assert losses == pytest.approx(exact[0], rel=1e-2), layout
+        assert norms == pytest.approx(exact[1], rel=5e-2), layout
+        assert losses != pytest.approx(exact[0], rel=1e-7), layout  # bf16 it is
     assert counts[0] == 1  # the model
     assert counts[1] <= 3  # a block that all share but the first, whose input has no gradient, and the loss
 
