@@ -46,7 +46,7 @@ class RunController(ControllerCallback, WorkerGroupCallback):
     def __init__(self, folder: str, patience: float = 600.0) -> None:
         self.folder, self.patience = folder, patience
         self._group: Any = None
-        self._resizing = False
+        self._resizing = self._waiting = False
         self._hopeless: Exception | None = None
         self._untold: list[dict[str, Any]] = []
 
@@ -54,7 +54,7 @@ class RunController(ControllerCallback, WorkerGroupCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Keep the group at hand."""
-        self._group = worker_group
+        self._group, self._waiting = worker_group, False
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         """Tell what has happened: only now nobody else writes events."""
@@ -117,7 +117,8 @@ class RunController(ControllerCallback, WorkerGroupCallback):
             last = current_state if isinstance(current_state, ErroredState) else current_state.next_state
             if not isinstance(previous_state, ShuttingDownState):
                 self._failed(last.training_failed_error)
-        elif isinstance(current_state, ReschedulingState) and not isinstance(previous_state, ReschedulingState):
+        elif isinstance(current_state, ReschedulingState) and not self._waiting:
+            self._waiting = True  # told once, until a group has started
             self._note("waiting_for_nodes", error=_cause(current_state.training_failed_error))
             self._tell()  # there are no workers
         if current_state.is_terminal():

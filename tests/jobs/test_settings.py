@@ -23,8 +23,11 @@ REFUSED = [
     ({"max_failures": -2}, "max_failures is -2; it has to be at least 0, or -1 for no limit"),
     ({"name": "a/b"}, "name is 'a/b'; it has to be a folder's name without a slash"),
     ({"name": ""}, "name is ''"),
-    ({"global_batch": 10, "workers": 4}, "global_batch is 10; it has to be a multiple of workers, 4"),
-    ({"global_batch": 12, "workers": 2, "microbatch": 4}, "microbatch is 4; it has to be a divisor of .*, 6"),
+    ({"microbatch": 0}, "microbatch is 0; it has to be at least 1, or null"),
+    ({"workers": 2, "min_workers": 3}, "min_workers is 3; it has to be null, or from 1 to workers, 2"),
+    ({"max_preemptions": -2}, "max_preemptions is -2; it has to be at least 0, or -1 for no limit"),
+    ({"start_timeout_seconds": 0}, "start_timeout_seconds is 0; it has to be above 0"),
+    ({"validation": "beside", "checkpoint_every": 60}, "validate_every is 200; it has to be a multiple of checkpoint_e"),
     ({"sequence_length": 1}, "sequence_length is 1; it has to be at least 2"),
     ({"faults": Faults(poison_data_steps=(9, 9))}, r"faults.poison_data_steps is \(9, 9\); it has to be a range"),
     ({"model": ModelSettings(n_heads=3)}, "model.n_heads is 3, but must be a divisor of d_model 128"),
@@ -72,7 +75,7 @@ def test_a_setting_is_changed_by_its_dotted_name_and_keeps_its_type():
 
 
 SPACES = [
-    ({"optimizer.speed": SearchDimension([1])}, "space is 'optimizer.speed'.* go on with lr, betas"),
+    ({"optimizer.speed": SearchDimension([1])}, "space is 'optimizer.speed'.* go on with kind, lr, betas"),
     ({"optimizer": SearchDimension([1])}, "space is 'optimizer'; it has to be a single setting"),
     ({"seed.x": SearchDimension([1])}, "space is 'seed.x'.*seed has no parts"),
     ({"steps": SearchDimension([1, 2])}, "space is 'steps'; it has to be none of workspace, name"),
