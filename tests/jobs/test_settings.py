@@ -27,7 +27,7 @@ REFUSED = [
     ({"workers": 2, "min_workers": 3}, "min_workers is 3; it has to be null, or from 1 to workers, 2"),
     ({"max_preemptions": -2}, "max_preemptions is -2; it has to be at least 0, or -1 for no limit"),
     ({"start_timeout_seconds": 0}, "start_timeout_seconds is 0; it has to be above 0"),
-    ({"validation": "beside", "checkpoint_every": 60}, "validate_every is 200; it has to be a multiple of checkpoint_e"),
+    ({"validation": "beside", "checkpoint_every": 60}, "validate_every is 200; it has to be a multiple of check"),
     ({"sequence_length": 1}, "sequence_length is 1; it has to be at least 2"),
     ({"faults": Faults(poison_data_steps=(9, 9))}, r"faults.poison_data_steps is \(9, 9\); it has to be a range"),
     ({"model": ModelSettings(n_heads=3)}, "model.n_heads is 3, but must be a divisor of d_model 128"),
