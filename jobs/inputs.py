@@ -48,7 +48,7 @@ def check_fits(settings: PretrainJob) -> tuple[dict[str, Any], ModelConfig]:
 def reader(settings: PretrainJob, split: str) -> Batches:
     """The batches of a split as the run orders them."""
     shards = TokenShards(storage.join(settings.workspace, "tokens", split))
-    return Batches(shards, settings.length(), settings.global_batch, settings.seed)
+    return Batches(shards, settings.length(), settings.data_batch(), settings.seed)
 
 
 def microbatch(settings: PretrainJob, world: int) -> int:
@@ -92,10 +92,19 @@ def training_batches(
 def poisoned(
     samples: np.ndarray, data_step: int, rank: int, poison: tuple[int, int] | None, vocab_size: int
 ) -> np.ndarray:
-    """The rehearsed poison: random tokens in place of a share of a batch, (rows, sequence_length + 1) int64."""
+    """The rehearsed poison in place of a share of a batch, (rows, sequence_length + 1) int64.
+
+    From data step to data step: its own tokens shuffled, one token repeated, tokens drawn at random.
+    """
     if poison is None or not poison[0] <= data_step < poison[1]:
         return samples
-    noise = np.random.default_rng(data_step * 1009 + rank).integers(0, vocab_size, samples.shape)
+    random = np.random.default_rng(data_step * 1009 + rank)
+    noise = random.integers(0, vocab_size, samples.shape)
+    kind = (data_step - poison[0]) % 3
+    if kind == 0:
+        noise = random.permuted(samples, axis=1)
+    elif kind == 1:
+        noise = np.broadcast_to(noise[:, :1], samples.shape)
     return np.where((samples < 0).all(1, keepdims=True), samples, noise)  # rows that fill up stay that
 
 
@@ -125,6 +134,13 @@ def byte_lengths(settings: PretrainJob, vocab_size: int) -> torch.Tensor:
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
     lengths[: len(known)] = torch.from_numpy(known)
     return lengths
+
+
+def end_of_text(settings: PretrainJob) -> int:
+    """The token that ends documents."""
+    from pipelines.tokenizer import Tokenizer
+
+    return Tokenizer.load(storage.join(settings.workspace, "tokenizer")).eot_id
 
 
 def documents(settings: PretrainJob, places: list[tuple[int, int]]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from jobs.session import ray_session
 from jobs.settings import PretrainJob, SettingsError
 from jobs.sinks import check_installed
 from jobs.worker import since_start
-from models.training.loop import TrainingStoppedError
+from models.training.state import TrainingStoppedError
 from pipelines import storage
 from pipelines.stage import ingot_version
 

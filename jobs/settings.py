@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from models.config import PRESETS, ModelConfig, OptimizerConfig, ScheduleConfig
+from models.mesh import Parallelism
 from models.training.spikes import SpikeConfig
 from pipelines.curation import CurationSettings
 from pipelines.tokenize import TokenizeSettings
@@ -88,6 +89,8 @@ class ModelSettings:
     """Normalize queries and keys per head."""
     tied_embeddings: bool | None = None
     """One matrix for input and output embedding."""
+    base_width: int | None = None
+    """d_model at which the learning rate was tuned: it then serves this width too (muP)."""
 
     def config(self, vocab_size: int, sequence_length: int | None = None) -> ModelConfig:
         """The full shape for a tokenizer of ``vocab_size`` tokens.
@@ -116,8 +119,13 @@ class Faults:
 
     kill_worker_at_step: int | None = None
     """The last worker kills itself with SIGKILL before this step, once."""
+    slow_worker_seconds: float = 0.0
+    """The last worker is late by this much in every step."""
     poison_data_steps: tuple[int, int] | None = None
-    """Batches of the data steps from the first number up to the second are replaced by random tokens."""
+    """Batches of the data steps from the first number up to the second are replaced: by their own tokens shuffled, by
+    one token repeated, by random tokens, in turn."""
+    poison_lr_factor: float = 1.0
+    """Factor of the learning rate in the poisoned steps."""
 
 
 @dataclass
@@ -141,7 +149,7 @@ class PretrainJob(InWorkspace):
     seed: int = 0
     """Of the initial weights and the order of the data."""
     workers: int = 1
-    """Ray Train workers; above 1 the model is sharded with FSDP2."""
+    """Ray Train workers; above 1 the model is sharded with FSDP2, or as `parallelism` says."""
     min_workers: int | None = None
     """Fewest workers that the run goes on with when nodes are lost; it grows again, up to `workers`, when nodes join.
     null always waits for all."""
@@ -155,8 +163,22 @@ class PretrainJob(InWorkspace):
     """CPU cores reserved for each worker."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
+    """Of matrix products and activations; weights and optimizer state are fp32. auto: bf16 on GPUs, fp32 on CPUs. fp8
+    (the blocks' products; Hopper GPUs and newer) is faster from some billion parameters on."""
+    recompute: float = 1.0
+    """Share of the memory for activations that may be used; what is not kept is computed again in the backward pass."""
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    """What the workers divide among themselves."""
+    mask_documents: bool = False
+    """Keep attention within documents where several share a sequence; slower than plain causal attention."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normalizer in the gradient (PaLM took 1e-4); keeps logits from drifting."""
+    batch_ramp: list[tuple[int, int]] = field(default_factory=list)
+    """Smaller batches at the start: pairs of a step and the global batch from there on, such as
+    `[[0, 64], [500, 128], [1500, 256]]`; the last one is global_batch."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW."""
+    """AdamW or Muon."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rate over the run."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
@@ -165,6 +187,15 @@ class PretrainJob(InWorkspace):
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept, beside the newest clean one."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides are kept for good."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest validation loss too; validate at steps that are saved for that."""
+    host_snapshots: int = 2
+    """Newest checkpoints that are also remembered in each worker's host memory, 12 bytes a parameter over the workers
+    that shard it: a rollback then takes seconds. 0 has training wait for every checkpoint."""
+    profile: tuple[int, int] | None = None
+    """Record the steps from the first number up to the second and write a trace into the run's folder."""
     clean_after: int = 100
     """Steps without a spike after which a checkpoint counts as clean."""
     validate_every: int = 200
@@ -212,19 +243,7 @@ class PretrainJob(InWorkspace):
             f"a multiple of checkpoint_every, {self.checkpoint_every}, whose checkpoints are measured beside training",
         )
         require(bool(self.name) and "/" not in self.name, "name", self.name, "a folder's name without a slash")
-        require(
-            self.global_batch % self.workers == 0,
-            "global_batch",
-            self.global_batch,
-            f"a multiple of workers, {self.workers}",
-        )
-        share = self.global_batch // self.workers
-        require(
-            self.microbatch is None or (self.microbatch >= 1 and share % self.microbatch == 0),
-            "microbatch",
-            self.microbatch,
-            f"a divisor of a worker's share of the global batch, {share}",
-        )
+        require(self.microbatch is None or self.microbatch >= 1, "microbatch", self.microbatch, "at least 1, or null")
         require(
             self.schedule.warmup_steps <= self.steps,
             "schedule.warmup_steps",
@@ -238,6 +257,8 @@ class PretrainJob(InWorkspace):
             self.sequence_length,
             "at least 2",
         )
+        slow = self.faults.slow_worker_seconds
+        require(slow >= 0, "faults.slow_worker_seconds", slow, "at least 0")
         poison = self.faults.poison_data_steps
         require(
             poison is None or 0 <= poison[0] < poison[1],
@@ -245,7 +266,38 @@ class PretrainJob(InWorkspace):
             poison,
             "a range such as [200, 206]",
         )
-        self.model.config(256, self.sequence_length or longest)
+        config = self.model.config(256, self.sequence_length or longest)
+        require(0 <= self.recompute <= 1, "recompute", self.recompute, "from 0 to 1")
+        require(self.z_loss >= 0, "z_loss", self.z_loss, "at least 0")
+        require(self.host_snapshots >= 0, "host_snapshots", self.host_snapshots, "at least 0")
+        require(self.keep_every is None or self.keep_every >= 1, "keep_every", self.keep_every, "at least 1, or null")
+        traced = self.profile
+        require(traced is None or 0 <= traced[0] < traced[1], "profile", traced, "a range such as [20, 23]")
+        starts, sizes = [step for step, _ in self.batch_ramp], [size for _, size in self.batch_ramp]
+        require(
+            not starts or ((starts[0] == 0 and sorted(set(starts)) == starts and min(sizes) >= 1)
+            and sizes[-1] == self.global_batch),
+            "batch_ramp",
+            self.batch_ramp,
+            f"pairs of rising steps from 0 on and sizes, of which the last is global_batch, {self.global_batch}",
+        )  # fmt: skip
+        split = self.parallelism.context_parallel > 1
+        require(not (split and self.mask_documents), "mask_documents", True, "false with context_parallel above 1")
+        fp8 = self.precision == "fp8" and self.parallelism.tensor_parallel > 1
+        require(not fp8, "precision", self.precision, "bf16 or fp32 with tensor_parallel above 1")
+        for workers in {self.workers, self.fewest_workers()}:
+            try:
+                self.parallelism.check(workers, config, self.length())
+            except ValueError as error:
+                raise SettingsError(str(error)) from None
+
+    def data_batch(self) -> int:
+        """Sequences in a data step, the unit in which data is counted: what all sizes of the batch are multiples of."""
+        return math.gcd(self.global_batch, *(size for _, size in self.batch_ramp))
+
+    def ramp(self) -> list[tuple[int, int]]:
+        """``batch_ramp`` in data steps."""
+        return [(step, size // self.data_batch()) for step, size in self.batch_ramp]
 
     def fewest_workers(self) -> int:
         """Workers that the run needs at least."""

@@ -72,7 +72,7 @@ def load(settings: OfRun, device: str | None = None) -> Trained:
     except ValueError as error:
         raise SettingsError(f"step is {entry.step}; {error}") from None
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Trained(parallelize(model, 1, where).eval(), tokenizer, entry.step, where)
+    return Trained(parallelize(model, None, where).eval(), tokenizer, entry.step, where)
 
 
 def _checkpoint(folder: StoredRun, settings: OfRun) -> Entry:

@@ -69,7 +69,7 @@ def measure(settings: PretrainJob, run: StoredRun, checkpoint: str) -> dict[str,
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Transformer(config, seed=None)
     load_weights(run, checkpoint, model)
-    model = parallelize(model, 1, device).eval()
+    model = parallelize(model, None, device).eval()
     sizes = inputs.byte_lengths(settings, config.vocab_size).to(device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for samples, weights in inputs.validation_batches(settings, 0, 1)():

@@ -9,7 +9,8 @@ import os
 import signal
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from jobs import inputs
 from jobs.interruptions import Interruptions
@@ -17,9 +18,13 @@ from jobs.patience import PatientRun, patiently
 from jobs.run_folder import StoredRun
 from jobs.settings import PretrainJob
 from jobs.sinks import sinks_of
-from models.training.loop import LoopConfig
 from models.training.metrics import MetricsWriter
 from models.training.state import TrainingStoppedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.training.loop import Training
 
 log = logging.getLogger("ingot")
 
@@ -34,11 +39,6 @@ def train(given: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
-    from models.optimizer import build_optimizer
-    from models.parallel import compile_model, parallelize
-    from models.training.loop import Training
-    from models.transformer import Transformer
-
     settings: PretrainJob = given["settings"]
     folder = PatientRun(given["folder"])
     context = ray.train.get_context()
@@ -48,12 +48,6 @@ def train(given: dict[str, Any]) -> None:
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    manifest, config = patiently(inputs.check_fits, settings)
-    length, vocab_size = settings.length(), manifest["vocab_size"]
-    model = parallelize(Transformer(config, settings.seed), world, device)
-    if settings.compile:
-        compile_model(model)
     interruptions = Interruptions(rank, world)
 
     def before_step(step: int) -> None:
@@ -63,33 +57,13 @@ def train(given: dict[str, Any]) -> None:
         _kill_once(folder, settings.faults.kill_worker_at_step, step, rank, world)
 
     metrics = MetricsWriter(folder, sinks_of(settings, folder)) if rank == 0 else None
-    training = Training(
-        model,
-        build_optimizer(model, settings.optimizer),
-        LoopConfig(
-            steps=settings.steps,
-            global_batch=settings.global_batch,
-            sequence_length=length,
-            microbatch=inputs.microbatch(settings, world),
-            checkpoint_every=settings.checkpoint_every,
-            keep_checkpoints=settings.keep_checkpoints,
-            clean_after=settings.clean_after,
-            validate_every=settings.validate_every,
-            optimizer=settings.optimizer,
-            schedule=settings.schedule,
-            spikes=settings.spikes,
-            interrupt_every=1,
-        ),
-        batches=inputs.training_batches(settings, vocab_size, rank, world, pin=device.type == "cuda"),
-        validation=inputs.validation_batches(settings, rank, world) if settings.validation == "within" else None,
-        byte_lengths=inputs.byte_lengths(settings, config.vocab_size),
-        run=folder,
+    training = build(
+        settings,
+        folder,
+        device,
         report=functools.partial(_report, settings, folder.folder, interruptions),
-        device=device,
-        flops_per_token=config.flops_per_token(length),
         metrics=metrics,
         before_step=before_step,
-        documents=functools.partial(inputs.documents, settings),
         interrupt=interruptions,
         resume_cause=resume_cause(folder, given["attempt"]),
     )
@@ -105,6 +79,96 @@ def train(given: dict[str, Any]) -> None:
         interruptions.over()
         if metrics is not None:
             metrics.close()
+
+
+def build(
+    settings: PretrainJob,
+    folder: StoredRun,
+    device: torch.device,
+    *,
+    report: Callable[[dict[str, Any], dict[str, Any] | None], None],
+    metrics: MetricsWriter | None,
+    **hooks: Any,
+) -> Training:
+    """The run that the settings describe, in this process of the default process group, or alone.
+
+    Args:
+        settings: of the run.
+        folder: of the run.
+        device: of this process.
+        report: told of checkpoints, as `Training` does it.
+        metrics: rank 0's.
+        hooks: further arguments of `Training`.
+    """
+    import torch
+
+    from models.attention import document_index
+    from models.mesh import data_rank_and_world, make_mesh
+    from models.optimizer import build_optimizer
+    from models.parallel import compile_model, parallelize
+    from models.training.loop import LoopConfig, Training
+    from models.transformer import Transformer
+
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    manifest, config = patiently(inputs.check_fits, settings)
+    mesh = make_mesh(settings.parallelism, device.type)
+    rank, world = data_rank_and_world(mesh)
+    with torch.device("meta"):  # no worker ever holds more than its part
+        model = Transformer(config, seed=None)
+    model = parallelize(model, mesh, device, precision=settings.precision, recompute=settings.recompute)
+    model.init_weights(settings.seed)
+    model.z_loss = settings.z_loss
+    if settings.compile:
+        compile_model(model)
+    optimizer = build_optimizer(model, settings.optimizer)
+    training = Training(
+        model,
+        optimizer,
+        LoopConfig(
+            steps=settings.steps,
+            global_batch=settings.data_batch(),
+            sequence_length=settings.length(),
+            microbatch=inputs.microbatch(settings, world),
+            checkpoint_every=settings.checkpoint_every,
+            keep_checkpoints=settings.keep_checkpoints,
+            keep_every=settings.keep_every,
+            keep_best=settings.keep_best,
+            host_snapshots=settings.host_snapshots,
+            clean_after=settings.clean_after,
+            validate_every=settings.validate_every,
+            optimizer=settings.optimizer,
+            schedule=settings.schedule,
+            spikes=settings.spikes,
+            batch_ramp=settings.ramp(),
+            interrupt_every=1,
+            profile=settings.profile,
+        ),
+        batches=inputs.training_batches(settings, manifest["vocab_size"], rank, world, pin=device.type == "cuda"),
+        validation=inputs.validation_batches(settings, rank, world) if settings.validation == "within" else None,
+        byte_lengths=inputs.byte_lengths(settings, config.vocab_size),
+        run=folder,
+        report=report,
+        device=device,
+        flops_per_token=config.flops_per_token(settings.length()),
+        metrics=metrics,
+        documents=functools.partial(inputs.documents, settings),
+        document_index=functools.partial(document_index, eos_id=inputs.end_of_text(settings))
+        if settings.mask_documents
+        else None,
+        data_rank=(rank, world),
+        **hooks,
+    )
+    poison, factor = settings.faults.poison_data_steps, settings.faults.poison_lr_factor
+    if poison is not None and factor != 1:
+
+        def heat(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if poison[0] <= training.state.data_step - 1 < poison[1]:
+                for group in optimizer.param_groups:
+                    group["lr"] *= factor
+
+        optimizer.register_step_pre_hook(heat)
+    return training
 
 
 def _report(

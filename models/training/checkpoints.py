@@ -424,14 +424,7 @@ def _files(run: RunFolder, folder: str, part: int, of: int) -> dict[str, list]:
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Weights and optimizer state as ``torch.distributed.checkpoint`` wants them, shards included."""
-    fresh = not optimizer.state
     weights, moments = get_state_dict(model, optimizer)
-    if fresh:
-        # It makes the state of an optimizer that has none by a step of length 0, which must not count as one: it would
-        # shift the bias correction of all that follow.
-        for state in optimizer.state.values():
-            state["step"].zero_()
-        weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments}
 
 

@@ -110,6 +110,7 @@ class Training:
         before_step: called with the step about to be taken.
         documents: what stands in samples of the global batches, given as (data step, place in its batch); called by
             rank 0 alone.
+        document_index: which document each of the input tokens (B, T) belongs to; None has attention cross documents.
         interrupt: called by all ranks every ``interrupt_every`` steps; a reason to save at once, or None.
         resume_cause: what to call a resume in the events.
         data_rank: this rank's place among those that share a global batch, and their number; None is its rank in the
@@ -132,6 +133,7 @@ class Training:
         metrics: MetricsWriter | None = None,
         before_step: Callable[[int], None] | None = None,
         documents: Callable[[list[tuple[int, int]]], list[dict[str, Any]]] | None = None,
+        document_index: Callable[[Tensor], Tensor] | None = None,
         interrupt: Callable[[], str | None] | None = None,
         resume_cause: str = "driver_restart",
         data_rank: tuple[int, int] | None = None,
@@ -165,6 +167,7 @@ class Training:
             speaks=self.speaks,
             remember=config.spikes.patience + 2 * LAG + 2,
             before_update=self.checkpoints.before_update,
+            document_index=document_index,
         )
         self.profiler = Profiler(run, config.profile, self.rank)
         peak = peak_flops(device)
@@ -332,7 +335,7 @@ class Training:
         for batch in self.validation():
             tokens, weights = (part.to(self.device) for part in batch)
             inputs, targets = inputs_and_targets(tokens)
-            losses = self.model(inputs, targets, reduction="none").view(targets.shape)
+            losses = self.model(inputs, targets, reduction="none", **self.stepper.mask(inputs)).view(targets.shape)
             counted = (targets != IGNORE) * weights[:, None]
             sums[0] += (losses.double() * counted).sum()
             sums[1] += counted.sum()

@@ -82,6 +82,7 @@ class Stepper:
         speaks: whether this rank's numbers count: of ranks that hold the same samples, one's do.
         remember: steps whose losses by sample are kept.
         before_update: called before weights change.
+        document_index: which document each input token belongs to; None has attention cross documents.
     """
 
     def __init__(
@@ -96,10 +97,12 @@ class Stepper:
         speaks: bool = True,
         remember: int = 8,
         before_update: Callable[[], None] | None = None,
+        document_index: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.microbatch, self.grad_clip = microbatch, grad_clip
         self.data_world, self.speaks, self.before_update = data_world, speaks, before_update
+        self.document_index = document_index
         self.sample_losses: deque[tuple[int, Tensor]] = deque(maxlen=remember)
 
     def backward(self, samples: Tensor, step: int, signal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,20 +118,21 @@ class Stepper:
             targets, (2,) int64: on the device, the same on every rank.
         """
         samples = samples.to(self.device, non_blocking=True)
-        short = -len(samples) % self.microbatch
+        size = min(self.microbatch, len(samples))
+        short = -len(samples) % size
         samples = F.pad(samples, (0, 0, 0, short), value=IGNORE) if short else samples
         facts = torch.stack([batch_hash(samples), (samples[:, 1:] != IGNORE).sum()])
         self._sum(facts)
         count = facts[1].clamp(min=1).float()
         # a sum over the ranks, which average gradients: scaled so that their mean is the gradient of the global mean
         scale = self.data_world / count
-        pieces = samples.split(self.microbatch)
+        pieces = samples.split(size)
         total = torch.zeros((), device=self.device)
         losses = []
         for i, piece in enumerate(pieces):
             set_gradient_sync(self.model, i == len(pieces) - 1)
             inputs, targets = inputs_and_targets(piece)
-            loss, by_token = self.model(inputs, targets, reduction="sum", token_losses=True)
+            loss, by_token = self.model(inputs, targets, reduction="sum", token_losses=True, **self.mask(inputs))
             (loss * scale).backward()
             total += loss.detach().float()
             losses.append(by_token.sum(1) / (targets != IGNORE).sum(1).clamp(min=1))
@@ -153,6 +157,10 @@ class Stepper:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return Issued(torch.stack([loss, norm, applied, signals]), facts)
+
+    def mask(self, inputs: Tensor) -> dict[str, Tensor]:
+        """The model's argument that keeps attention within documents, if it is to."""
+        return {} if self.document_index is None else {"documents": self.document_index(inputs)}
 
     def worst(self, steps: set[int], most: int) -> list[tuple[float, int, int]]:
         """This rank's samples with the highest losses among those of some steps: loss, step, place in its share."""

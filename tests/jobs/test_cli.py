@@ -141,7 +141,7 @@ def test_a_misspelt_section_is_not_passed_over(tmp_path, capsys):
     ("arguments", "named"),
     [
         (["pretrain", "--step", "3", "--speed", "9"], ["--speed"]),
-        (["pretrain", "--optimizer.momentum", "3"], ["--optimizer.momentum"]),
+        (["pretrain", "--optimizer.nesterov", "3"], ["--optimizer.nesterov"]),
         (["pretrain", "--steps", "many"], ["steps", "int", "many"]),
         (["pretrain", "--model.preset", "5b"], ["model.preset", "5b", "nano"]),
         (["pretrain", "--config", "/no/such/recipe.yaml"], ["/no/such/recipe.yaml"]),

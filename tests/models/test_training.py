@@ -476,7 +476,7 @@ def test_a_storage_that_fails_for_a_while_costs_nothing_but_checkpoints(tmp_path
     folder = Folder(tmp_path / "run")
     assert folder.losses() == Folder(tmp_path / "whole").losses()
     failed = [event["step"] for event in folder.events("checkpoint_failed")]
-    assert failed in ([20, 30], [20, 30, 40])  # the last one may come to its second attempt after that
+    assert {20, 30} <= set(failed) <= {10, 20, 30, 40}  # those at the edges may come to an attempt outside
     assert "no space left" in folder.events("checkpoint_failed")[0]["error"]
     written = [event["step"] for event in folder.events("checkpoint")]
     assert sorted(failed + written) == list(range(0, 61, 10))
