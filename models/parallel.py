@@ -97,7 +97,12 @@ def set_gradient_sync(model: nn.Module, last_microbatch: bool) -> None:
     happens before that is up to the layout.
     """
     model.last_microbatch = last_microbatch
-    if isinstance(model, FSDPModule) and model.gather != "block":
+    if not isinstance(model, FSDPModule):
+        return
+    if model.gather == "block":
+        # gradients leave their worker as soon as they are there, and copies of the weights exchange theirs once
+        model.set_requires_all_reduce(last_microbatch)
+    else:
         # weights stay whole and gradients local until the end of the step
         model.set_requires_gradient_sync(last_microbatch)
         model.set_reshard_after_backward(last_microbatch)

@@ -32,6 +32,7 @@ LAYOUTS_OF_2 = [
 ]
 LAYOUTS_OF_4 = [
     Parallelism(shard_workers=2),
+    Parallelism(shard_workers=2, gather="block"),
     Parallelism(tensor_parallel=2, shard_workers=1),
     Parallelism(tensor_parallel=2, context_parallel=2),
     Parallelism(context_parallel=4),  # more workers than key and value heads
