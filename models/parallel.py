@@ -1,7 +1,8 @@
 """Sharding, replication, precision, recomputation and compilation, applied to a plain model from outside.
 
 Weights, gradients and the optimizer's state are fp32 and may be spread over workers (FSDP2; Zhao et al. 2023). What is
-computed with is made from them: in bf16 or fp8 on GPUs.
+computed with is made from them: in bf16 or fp8 on GPUs. Layouts are made by `models.mesh`; how matrices and sequences
+are split is in `models.tensor_parallel` and `models.context`.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.collectives import SplitLoss
 from models.context import split_sequences
-from models.mesh import Mesh, Parallelism, make_mesh
+from models.mesh import Mesh
 from models.tensor_parallel import split_matrices
 from models.transformer import Transformer
 
@@ -39,8 +40,8 @@ def parallelize(
 ) -> Transformer:
     """Lay the model out over the workers of a mesh, on this worker's device.
 
-    A model on the meta device is materialised here, no worker ever having more than its part; its weights are then
-    unset, until `init_weights` or a checkpoint sets them. Others need equal weights on all workers. After the last
+    A model on the meta device is materialised here, no worker ever having more than its part; call its `init_weights`
+    next, also when a checkpoint is loaded after it: there is no weight yet, and no rotary table. Others need equal weights on all workers. After the last
     backward pass of a step, gradients are averages over `data_rank_and_world(mesh)` (see `set_gradient_sync`).
 
     Args:
@@ -59,8 +60,6 @@ def parallelize(
         ValueError: recompute is out of range, or fp8 is combined with what it cannot be.
     """
     device = torch.device(device)
-    if isinstance(mesh, int):
-        mesh = make_mesh(Parallelism(), device.type) if mesh > 1 else None
     if not 0 <= recompute <= 1:
         raise ValueError(f"recompute is {recompute}, but must be in [0, 1]")
     if precision == "auto":

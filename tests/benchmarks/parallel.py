@@ -123,10 +123,12 @@ def run_wave(configurations: list[dict[str, Any]], seconds: float) -> list[dict[
             for process in group["processes"]:
                 group.setdefault("ready", []).append(said(process, "READY", deadline))
         for group in groups:
-            for process in group["processes"]:
-                process.stdin.write("GO\n")
-                process.stdin.flush()
-            told = [said(process, "RESULT", deadline + 60) for process in group["processes"]]
+            told = [None]
+            if None not in group["ready"]:
+                for process in group["processes"]:
+                    process.stdin.write("GO\n")
+                    process.stdin.flush()
+                told = [said(process, "RESULT", deadline + 60) for process in group["processes"]]
             name = group["name"]
             if told[0] is None:
                 with open(group["log"]) as file:
