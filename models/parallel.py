@@ -41,8 +41,9 @@ def parallelize(
     """Lay the model out over the workers of a mesh, on this worker's device.
 
     A model on the meta device is materialised here, no worker ever having more than its part; call its `init_weights`
-    next, also when a checkpoint is loaded after it: there is no weight yet, and no rotary table. Others need equal weights on all workers. After the last
-    backward pass of a step, gradients are averages over `data_rank_and_world(mesh)` (see `set_gradient_sync`).
+    next, also when a checkpoint is loaded after it: there are no weights yet, and no rotary table. Others need equal
+    weights on all workers. After the last backward pass of a step, gradients are averages over the data workers (see
+    `set_gradient_sync`).
 
     Args:
         model: plain, as it was built.
