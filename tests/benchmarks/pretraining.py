@@ -9,6 +9,7 @@ by the run's own metrics, so they contain data loading, metrics, clipping and ev
 parts:
     loop         tokens per second and MFU of the job
     bare         the same loop in processes without Ray, beside the job
+    sync         on a GPU, steps under torch.cuda.set_sync_debug_mode("error"): nothing in them waits for the device
     checkpoints  a checkpoint every 100 steps: pauses, time to write, steps while one is written beside the others
     rollback     planted noise: seconds from its detection to the next step, from host memory and from storage
     spike        a window of shuffled, repeated and random tokens at ten times the learning rate: guarded, unguarded,
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import socket
 import statistics
 import sys
 import time
@@ -100,14 +102,63 @@ def part_loop(settings: PretrainJob) -> None:
 
 
 def part_bare(settings: PretrainJob) -> None:
-    """Speed of the same loop without Ray."""
-    from jobs.worker import train_bare
+    """Speed of the same loop in processes of its own, without Ray."""
+    import torch.multiprocessing
 
     given = named(settings, "bare", checkpoint_every=10**9)
-    folder = f"{given.workspace}/runs/{given.name}"
-    storage.delete(folder)
-    train_bare(given, folder)
-    show("bare", [speed(StoredRun(folder))])
+    folder = StoredRun(f"{given.workspace}/runs/{given.name}")
+    storage.delete(folder.folder)
+    torch.multiprocessing.spawn(_bare, (given, folder, free_port(), False), nprocs=given.workers)
+    show("bare", [speed(folder)])
+
+
+def part_sync(settings: PretrainJob) -> None:
+    """Steps in which waiting for the device is an error."""
+    import torch.multiprocessing
+
+    given = named(settings, "sync", checkpoint_every=10**9, steps=WARM + 16)
+    folder = StoredRun(f"{given.workspace}/runs/{given.name}")
+    storage.delete(folder.folder)
+    torch.multiprocessing.spawn(_bare, (given, folder, free_port(), True), nprocs=given.workers)
+    show("sync", [{"steps without a wait": len(valid_steps(folder.metrics())) - WARM}])
+
+
+def _bare(rank: int, settings: PretrainJob, folder: StoredRun, port: int, strict: bool) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from jobs.worker import build
+    from models.training.metrics import MetricsWriter
+
+    device = torch.device(f"cuda:{rank}" if settings.device == "gpu" else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if settings.workers > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=settings.workers)
+    metrics = MetricsWriter(folder) if rank == 0 else None
+    training = build(settings, folder, device, report=lambda *_: None, metrics=metrics)
+    if strict:
+        issue = training._issue
+
+        def strictly(stream: Any) -> None:
+            torch.cuda.set_sync_debug_mode("error" if training.state.step >= WARM else "default")
+            issue(stream)
+            torch.cuda.set_sync_debug_mode("default")
+
+        training._issue = strictly
+    training.train()
+    if metrics is not None:
+        metrics.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def part_checkpoints(settings: PretrainJob) -> None:

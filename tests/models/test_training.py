@@ -11,7 +11,9 @@ import torch
 
 from jobs.run_folder import valid_steps
 from models.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from models.mesh import Parallelism, make_mesh
 from models.optimizer import build_optimizer
+from models.parallel import parallelize
 from models.training.ledger import Entry, Ledger
 from models.training.loop import LoopConfig, Training, TrainingStoppedError
 from models.training.metrics import MetricsWriter
@@ -99,11 +101,13 @@ def training(
     interrupt=None,
     data=None,
     storage=Folder,
-    world=1,
+    workers=1,
     **changes,
 ):
     """A run over ``batch``; the data steps in ``poison`` are noise, and the process "dies" before ``kill_at``."""
     model = Transformer(CONFIG, 0)
+    if workers > 1:
+        model = parallelize(model, make_mesh(Parallelism(), "cpu"), "cpu")
     given = {
         "steps": 60,
         "global_batch": 8,
@@ -147,7 +151,7 @@ def training(
         report=lambda metrics, pointer: reports.append((metrics, pointer)) if reports is not None else None,
         device=torch.device("cpu"),
         flops_per_token=CONFIG.flops_per_token(16),
-        metrics=MetricsWriter(run),
+        metrics=MetricsWriter(run) if workers == 1 or torch.distributed.get_rank() == 0 else None,
         before_step=before_step,
         documents=lambda places: [{"id": f"{data_step}/{place}"} for data_step, place in places],
         interrupt=interrupt,
@@ -267,6 +271,35 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
     (rollback,) = Folder(tmp_path / "run").events("rollback")
     assert rollback["reason"] == "gradient norm is not finite"
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+def test_a_nan_in_one_ranks_gradient_leaves_all_weights_finite(tmp_path):
+    torch.multiprocessing.spawn(nan_on_one_rank, (str(tmp_path),), nprocs=2)
+    (rollback,) = Folder(tmp_path / "run").events("rollback")
+    assert (rollback["reason"], rollback["source"]) == ("gradient norm is not finite", "memory")
+    assert len(Folder(tmp_path / "run").rows()) == 30
+
+
+def nan_on_one_rank(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    run = training(
+        f"{folder}/run", steps=30, data=lambda step: batch(step)[rank * 4 : rank * 4 + 4], workers=2,
+        async_checkpoints=True,
+    )  # fmt: skip
+    backward, calls = run.stepper.backward, []
+
+    def plant(*arguments):
+        result = backward(*arguments)
+        calls.append(1)
+        if rank == 1 and len(calls) == 25:
+            next(run.model.parameters()).grad.to_local().fill_(math.nan)
+        return result
+
+    run.stepper.backward = plant
+    run.train()
+    assert all(torch.isfinite(p.to_local()).all() for p in run.model.parameters())
+    torch.distributed.destroy_process_group()
 
 
 def test_a_run_that_keeps_spiking_stops_with_a_diagnosis(tmp_path):
