@@ -109,13 +109,13 @@ def poisoned(
 
 
 def validation_batches(
-    settings: PretrainJob, rank: int, world: int
+    settings: PretrainJob, rank: int, world: int, rows: int | None = None
 ) -> Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]:
-    """A function that yields this worker's samples of the validation split and their weights."""
+    """A function that yields this worker's samples of the validation split and their weights, ``rows`` at a time."""
     import torch
 
     source = reader(settings, "validation")
-    rows = microbatch(settings, world)
+    rows = rows or microbatch(settings, world)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for samples, weights in source.in_order(settings.validation_samples, rank, world, rows):

@@ -235,6 +235,8 @@ class PretrainJob(InWorkspace):
             f"null, or from 1 to workers, {self.workers}",
         )
         require(self.report_every >= 0, "report_every", self.report_every, "at least 0")
+        best = self.keep_best and self.validation == "beside"
+        require(not best, "keep_best", self.keep_best, "false with validation beside training, whose losses come late")
         require(self.validation_gpus >= 0, "validation_gpus", self.validation_gpus, "at least 0")
         require(
             self.validation == "within" or self.validate_every % self.checkpoint_every == 0,

@@ -14,6 +14,7 @@ from jobs import inputs
 from jobs.patience import PatientRun, patiently
 from jobs.run_folder import StoredRun
 from jobs.settings import PretrainJob
+from models.attention import document_index
 from models.loss import IGNORE, inputs_and_targets
 from models.parallel import parallelize
 from models.training.checkpoints import load_weights
@@ -69,12 +70,15 @@ def measure(settings: PretrainJob, run: StoredRun, checkpoint: str) -> dict[str,
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Transformer(config, seed=None)
     load_weights(run, checkpoint, model)
-    model = parallelize(model, None, device).eval()
+    model = parallelize(model, None, device, precision=settings.precision if device.type == "cuda" else "auto").eval()
+    eos_id = inputs.end_of_text(settings) if settings.mask_documents else None
     sizes = inputs.byte_lengths(settings, config.vocab_size).to(device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for samples, weights in inputs.validation_batches(settings, 0, 1)():
+    rows = inputs.microbatch(settings, settings.workers)  # as many as fit the workers
+    for samples, weights in inputs.validation_batches(settings, 0, 1, rows)():
         tokens, targets = inputs_and_targets(samples.to(device))
-        losses = model(tokens, targets, reduction="none").view(targets.shape)
+        documents = None if eos_id is None else document_index(tokens, eos_id)
+        losses = model(tokens, targets, reduction="none", documents=documents).view(targets.shape)
         counted = (targets != IGNORE) * weights.to(device)[:, None]
         sums[0] += (losses.double() * counted).sum()
         sums[1] += counted.sum()
