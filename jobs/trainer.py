@@ -19,6 +19,8 @@ log = logging.getLogger("ingot")
 _NOTICE_SECONDS = 2.0
 _LONGEST_PAUSE = 30.0
 
+REQUEST = "request.json"  # under which name the run's controller has asked for nodes
+
 
 def fit(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: bool, callbacks: list[Any]) -> None:
     """Train until the workers are done; a controller that is lost is started again, as workers are by the controller.
@@ -43,7 +45,9 @@ def fit(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: bool, ca
         try:
             # Ray's own account of a run cannot be read any more when a kill tears it, and the ledger says more.
             folder.delete("ray")
-            _trainer(settings, folder, attempt, on_gpu, callbacks).fit()
+            trainer = _trainer(settings, folder, attempt, on_gpu, callbacks)
+            _withdraw(folder, trainer.train_run_context.run_id)
+            trainer.fit()
         except (ControllerError, RayError, OSError) as error:
             cause = error.controller_failure if isinstance(error, ControllerError) else error
             if isinstance(cause, HOPELESS):
@@ -110,6 +114,22 @@ def _free_what_it_held() -> None:
         ours = found.creator_job_id.hex() == job and found.creator_actor_dead and not found.is_detached
         if ours and found.state != PlacementGroupTableData.REMOVED:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(found.placement_group_id)))
+
+
+def _withdraw(folder: StoredRun, run_id: str) -> None:
+    """Take back what a controller before this one has asked the cluster for, and note down who asks now.
+
+    Ray keeps the request of a controller that was killed for three minutes; until then it sets the nodes that a run
+    with elastic workers waits for aside for the dead.
+    """
+    import ray
+
+    before = folder.read_json(REQUEST)
+    if before is not None:
+        with contextlib.suppress(ValueError):  # nobody has asked anything of this cluster yet
+            coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+            coordinator.cancel_request.remote(before["requester"])
+    folder.write_json(REQUEST, {"requester": f"train-{run_id}"})
 
 
 def _trainer(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: bool, callbacks: list[Any]) -> Any:
