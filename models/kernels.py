@@ -181,7 +181,7 @@ if triton is not None:
 
     @triton.jit
     def _add_norm_kernel(
-        x, delta, weight, total, scale, normed, eps, width, BLOCK: tl.constexpr,  # noqa: N803
+        x, delta, weight, total, scale, normed, width, eps: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
@@ -222,7 +222,7 @@ if triton is not None:
 
     @triton.jit
     def _loss_kernel(
-        logits, targets, losses, z_loss, vocab, ignore: tl.constexpr, BLOCK: tl.constexpr  # noqa: N803
+        logits, targets, losses, vocab, z_loss: tl.constexpr, ignore: tl.constexpr, BLOCK: tl.constexpr  # noqa: N803
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
         row = logits + token * vocab
@@ -283,7 +283,7 @@ if triton is not None:
         scale = x.new_empty(rows, dtype=torch.float32)
         block = triton.next_power_of_2(width)
         torch.library.wrap_triton(_add_norm_kernel)[(rows,)](
-            x, delta, weight, total, scale, normed, eps, width, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+            x, delta, weight, total, scale, normed, width, eps=eps, BLOCK=block, num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
         return total, scale, normed
 
@@ -308,7 +308,7 @@ if triton is not None:
         tokens, vocab = logits.shape
         losses = logits.new_empty(tokens, dtype=torch.float32)
         torch.library.wrap_triton(_loss_kernel)[(tokens,)](
-            logits, targets, losses, z_loss, vocab, ignore=ignore, BLOCK=min(8192, triton.next_power_of_2(vocab)),
+            logits, targets, losses, vocab, z_loss=z_loss, ignore=ignore, BLOCK=min(8192, triton.next_power_of_2(vocab)),
             num_warps=32 if vocab > 4096 else 4,
         )  # fmt: skip
         return losses

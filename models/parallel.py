@@ -111,8 +111,9 @@ def set_gradient_sync(model: nn.Module, last_microbatch: bool) -> None:
 def compile_model(model: Transformer, mode: str | None = None) -> Transformer:
     """Compile in place, after `parallelize`; parameter names stay as they are.
 
-    A model whose weights are there as a whole becomes one graph. Where they are gathered block by block, activations
-    are recomputed, or matrices or sequences are split, all blocks share one compiled block.
+    All blocks share one compiled block, which is ready in a quarter of the time that one graph of the whole model takes
+    and no slower: a block leaves its last sum to the norm that follows it. What lies before and after the blocks is
+    compiled too; where matrices or sequences are split, of that the loss alone.
 
     Args:
         model: of `parallelize`, or plain.
@@ -120,15 +121,14 @@ def compile_model(model: Transformer, mode: str | None = None) -> Transformer:
     """
     compile_ = functools.partial(torch.compile, mode=mode, dynamic=False)
     recompute = getattr(model, "recompute", 1.0)
-    split = isinstance(model.loss, SplitLoss)
-    if recompute == 1 and not split and getattr(model, "gather", "whole") == "whole":
-        model.forward = compile_(model.forward)
-        return model
     # read when a graph is made, which is at its first use, so it stays set
     torch._functorch.config.activation_memory_budget = recompute
     for block in model.layers:
         block.__dict__.pop("forward", None)  # the compiler chooses better what to recompute
         block.forward = compile_(block.forward)
+    if not isinstance(model.loss, SplitLoss):
+        model.embed, model.loss_of = compile_(model.embed), compile_(model.loss_of)
+        return model
     place = model
     while isinstance(place.loss, SplitLoss):
         place = place.loss

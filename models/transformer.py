@@ -4,13 +4,14 @@ Parallelism and precision are applied from outside (`models.parallel`); this fil
 """
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from models import float8
 from models.attention import DocumentMask, causal_attention, document_mask
 from models.config import ModelConfig
 from models.kernels import add_norm, on_gpu, rotate_half, split_and_rotate, swiglu
@@ -42,7 +43,30 @@ def joinable(x: Tensor, *linears: Linear) -> bool:
 
 def joined(x: Tensor, *linears: Linear) -> Tensor:
     """The results of several matrices side by side, (..., sum of d_out), of one input, (..., d_in)."""
-    return F.linear(x, torch.cat([linear.weight for linear in linears]))
+    kind = x.device.type
+    x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+    return _Joined.apply(x, *(linear.weight for linear in linears))
+
+
+class _Joined(torch.autograd.Function):
+    """What autocast does, but weights' gradients leave the product in fp32, not rounded, and need no pass to cast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        weight = torch.cat([w.to(x.dtype) for w in weights])
+        ctx.save_for_backward(x, weight)
+        ctx.sizes, ctx.dtype = [len(w) for w in weights], weights[0].dtype
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+        if x.is_cuda and ctx.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
+            of_weights = torch.mm(rows.t(), inputs, out_dtype=torch.float32)
+        else:
+            of_weights = (rows.t() @ inputs).to(ctx.dtype)
+        return (rows @ weight).view_as(x), *of_weights.split(ctx.sizes)
 
 
 class RMSNorm(nn.Module):
@@ -104,18 +128,28 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, cache: "LayerCache | None" = None, mask: DocumentMask | None = None
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        cache: "LayerCache | None" = None,
+        mask: DocumentMask | None = None,
+        length: Tensor | None = None,
     ) -> Tensor:
-        """Attend within x, (B, T, d_model), where `mask` allows it, and to what `cache` holds."""
+        """Attend within x, (B, T, d_model), where `mask` allows it, and to what `cache` holds.
+
+        With `length`, which the rows of x do not exceed, matrix products are in fp8.
+        """
         matrices = (self.w_q, self.w_k, self.w_v)
-        heads = [len(matrix.weight) // self.head_dim for matrix in matrices]
-        together = joined(x, *matrices) if joinable(x, *matrices) else None
+        sizes = [len(matrix.weight) for matrix in matrices]
+        together = None
+        if length is not None:
+            together = float8.linear(x, length, *(matrix.weight for matrix in matrices))
+        elif joinable(x, *matrices):
+            together = joined(x, *matrices)
         if together is not None and not self.qk_norm:
-            q, k, v = split_and_rotate(together, rotary, *heads[:2])
+            q, k, v = split_and_rotate(together, rotary, sizes[0] // self.head_dim, sizes[1] // self.head_dim)
         else:
-            parts = (
-                [w(x) for w in matrices] if together is None else together.split([n * self.head_dim for n in heads], -1)
-            )
+            parts = [w(x) for w in matrices] if together is None else together.split(sizes, dim=-1)
             q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
             if self.qk_norm:
                 q, k = self.q_norm(q), self.k_norm(k)
@@ -123,7 +157,11 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.w_o(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        mixed = self.attend(q, k, v, mask).transpose(1, 2).flatten(2)
+        if length is None:
+            return joined(mixed, self.w_o) if joinable(mixed, self.w_o) else self.w_o(mixed)
+        # attention averages values, which are no larger than the longest row of w_v makes them
+        return float8.linear(mixed, length * float8.longest_row(self.w_v.weight), self.w_o.weight)
 
 
 class FeedForward(nn.Module):
@@ -135,10 +173,12 @@ class FeedForward(nn.Module):
         self.w_up = Linear(config.d_model, config.d_ff)
         self.w_down = Linear(config.d_ff, config.d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x, (B, T, d_model), to the same shape."""
+    def forward(self, x: Tensor, length: Tensor | None = None) -> Tensor:
+        """Map x, (B, T, d_model), to the same shape; with `length`, which its rows do not exceed, in fp8."""
+        if length is not None:
+            return float8.feed_forward(x, length, self.w_gate.weight, self.w_up.weight, self.w_down.weight)
         if joinable(x, self.w_gate, self.w_up):
-            return self.w_down(swiglu(joined(x, self.w_gate, self.w_up)))
+            return joined(swiglu(joined(x, self.w_gate, self.w_up)), self.w_down)
         return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
 
 
@@ -151,6 +191,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
+        self.float8 = False  # set by models.float8.convert
 
     def forward(
         self,
@@ -164,9 +205,12 @@ class Block(nn.Module):
 
         A sum is left to the norm that reads it, which does both in one pass over memory.
         """
+        # in fp8 to train, but not to validate: what counts is the model that is exported
+        in_float8 = self.float8 and torch.is_grad_enabled()
+        lengths = [float8.length_bound(n.weight) if in_float8 else None for n in (self.attention_norm, self.ffn_norm)]
         x, normed = self.attention_norm.add(x, delta)
-        x, normed = self.ffn_norm.add(x, self.attention(normed, rotary, cache, mask))
-        return x, self.feed_forward(normed)
+        x, normed = self.ffn_norm.add(x, self.attention(normed, rotary, cache, mask, lengths[0]))
+        return x, self.feed_forward(normed, lengths[1])
 
 
 class Transformer(nn.Module):

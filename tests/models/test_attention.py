@@ -1,11 +1,12 @@
 """Attention against the textbook formula, softmax(QKᵀ/√d)V with a mask, written out."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from models.attention import causal_attention
+from models.attention import causal_attention, document_index, document_mask
 
 
 def textbook(q, k, v):
@@ -41,3 +42,21 @@ def test_gradients_equal_the_textbook(n_kv_heads):
         attention(*leaves).backward(upstream)
         gradients.append([leaf.grad for leaf in leaves])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_documents_end_with_their_end_token():
+    tokens = torch.tensor([[5, 6, 0, 7, 0, 0, 8], [0, 1, 2, 3, 4, 5, 6]])
+    assert document_index(tokens, eos_id=0).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_attention_within_documents_is_that_of_each_document_alone(n_kv_heads):
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randn(2, 4, 9, 8, generator=generator)
+    k, v = (torch.randn(2, n_kv_heads, 9, 8, generator=generator) for _ in range(2))
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1], [3, 4, 4, 4, 4, 4, 4, 4, 9]], dtype=torch.int32)
+    together = causal_attention(q, k, v, document_mask(documents))
+    for row, cuts in enumerate([[0, 4, 9], [0, 1, 8, 9]]):
+        for first, end in itertools.pairwise(cuts):
+            one = (slice(row, row + 1), slice(None), slice(first, end))
+            torch.testing.assert_close(together[one], causal_attention(q[one], k[one], v[one]))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.config import ModelConfig
-from models.loss import IGNORE, cross_entropy, inputs_and_targets
+from models.loss import IGNORE, cross_entropy, default_chunk, inputs_and_targets
 from models.transformer import Transformer
 
 TOKENS, D_MODEL, VOCAB = 37, 8, 50
@@ -110,3 +110,29 @@ def test_padding_at_the_end_of_a_sample_costs_nothing():
     padded = torch.cat([whole[:, :6], torch.full((1, 3), IGNORE)], 1)
     torch.testing.assert_close(model(*inputs_and_targets(padded)), model(*inputs_and_targets(whole[:, :6])))
     assert torch.equal(inputs_and_targets(whole)[0], whole[:, :-1])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_z_loss_is_in_the_gradient_alone(reduction):
+    hidden, head, targets = sample(0.3)
+    losses = F.cross_entropy(hidden @ head.T, targets, reduction="none")
+    penalty = 0.01 * (hidden @ head.T).logsumexp(1).square() * (targets != IGNORE)
+    divisor = (targets != IGNORE).sum() if reduction == "mean" else 1
+    expected = value_and_gradients((losses + penalty).sum() / divisor, hidden, head, None)
+    loss = cross_entropy(hidden, head, targets, chunk=8, reduction=reduction, z_loss=0.01)
+    ours = value_and_gradients(loss, hidden, head, None)
+    torch.testing.assert_close(ours[0], losses.sum().detach() / divisor)
+    torch.testing.assert_close(ours[1:], expected[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_z_loss_of_losses_whose_weights_come_later_is_refused():
+    hidden, head, targets = sample(0.0)
+    with pytest.raises(ValueError, match=r"z_loss is 0\.1"):
+        cross_entropy(hidden, head, targets, reduction="none", z_loss=0.1)
+
+
+def test_chunks_on_an_accelerator_hold_few_bytes_of_logits():
+    for vocab in (4096, 32768, 50304, 128256):
+        chunk = default_chunk(torch.device("cuda"), vocab)
+        assert chunk & (chunk - 1) == 0
+        assert 2**31 < chunk * vocab * 4 <= 2**32

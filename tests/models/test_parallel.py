@@ -147,8 +147,8 @@ def test_two_workers_equal_one_in_every_layout(tmp_path):
         assert losses == pytest.approx(exact[0], rel=1e-2), layout
         assert norms == pytest.approx(exact[1], rel=5e-2), layout
         assert losses != pytest.approx(exact[0], rel=1e-7), layout  # bf16 it is
-    assert counts[0] == 1  # the model
-    assert counts[1] <= 3  # a block that all share but the first, whose input has no gradient, and the loss
+    assert counts[0] == 3  # what comes before the blocks, a block that all share, and what comes after
+    assert counts[1] <= 3
 
 
 def test_four_workers_equal_one_in_layouts_of_two_dimensions(tmp_path):

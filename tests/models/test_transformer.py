@@ -1,5 +1,6 @@
 """Norm, rotation and the whole model against transformers' Llama and Qwen3, and against arithmetic written out."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from models.attention import document_index
 from models.config import ModelConfig
-from models.transformer import RMSNorm, Transformer, rotary_table, rotate
+from models.transformer import Linear, RMSNorm, Transformer, joined, rotary_table, rotate
 
 TINY = ModelConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32)
 
@@ -137,3 +139,43 @@ def test_bf16_compute_is_close_to_fp32():
     assert loss.item() == pytest.approx(exact.item(), rel=1e-2)
     assert model(tokens).dtype == torch.bfloat16
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_packed_documents_have_the_logits_of_each_alone():
+    model = Transformer(TINY, seed=1)
+    tokens = torch.randint(1, 61, (2, 20), generator=torch.Generator().manual_seed(0))
+    tokens[0, [6, 7]] = tokens[1, 12] = 0
+    logits = model(tokens, documents=document_index(tokens, eos_id=0))
+    for row, cuts in enumerate([[0, 7, 8, 20], [0, 13, 20]]):
+        for first, end in itertools.pairwise(cuts):  # the rotary embedding is relative: where one starts is no matter
+            alone = model(tokens[row : row + 1, first:end])[0]
+            torch.testing.assert_close(logits[row, first:end], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits[0, 10:], model(tokens)[0, 10:])
+
+
+def test_token_losses_sum_to_the_loss_and_cost_no_gradient():
+    model = Transformer(TINY, seed=1)
+    tokens = torch.randint(0, 61, (3, 13), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, :4] = -100
+    loss, losses = model(inputs, targets, reduction="sum", token_losses=True)
+    torch.testing.assert_close(losses, model(inputs, targets, reduction="none").detach())
+    torch.testing.assert_close(loss, losses.sum())
+    assert losses.shape == targets.shape
+    assert not losses.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs, targets, token_losses=True)[1], losses)
+
+
+def test_joined_matrices_compute_what_each_does():
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    matrices = [Linear(8, n) for n in (6, 3)]
+    for matrix in matrices:
+        torch.nn.init.normal_(matrix.weight, generator=torch.Generator().manual_seed(1))
+    found = []
+    for compute in (lambda x: joined(x, *matrices), lambda x: torch.cat([m(x) for m in matrices], -1)):
+        leaf = x.clone().requires_grad_()
+        out = compute(leaf)
+        gradients = torch.autograd.grad(out.square().sum(), [leaf, *(m.weight for m in matrices)])
+        found.append((out.detach(), gradients))
+    torch.testing.assert_close(*found)
