@@ -336,10 +336,15 @@ def open_parquet(uri: str) -> pq.ParquetFile:
 
 
 @contextlib.contextmanager
-def parquet_writer(uri: str, schema: pa.Schema, compression: str = "zstd") -> Iterator[pq.ParquetWriter]:
-    """A Parquet file with checksums to write tables into; it is there, whole, once the block ends without an error."""
+def parquet_writer(
+    uri: str, schema: pa.Schema, compression: str = "zstd", **options: Any
+) -> Iterator[pq.ParquetWriter]:
+    """A Parquet file with checksums to write tables into; it is there, whole, once the block ends without an error.
+
+    ``options`` are further ones of ``pyarrow.parquet.ParquetWriter``.
+    """
     with (
         open_output(uri) as out,
-        pq.ParquetWriter(out, schema, compression=compression, write_page_checksum=True) as writer,
+        pq.ParquetWriter(out, schema, compression=compression, write_page_checksum=True, **options) as writer,
     ):
         yield writer
