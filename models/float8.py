@@ -227,8 +227,8 @@ def _both(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 if triton is not None:
-    # The kernels work on pairs of neighbouring rows: two values in fp8 make the 16 bits that are turned, as Triton 3.6
-    # turns some layouts of 8 bits wrongly.
+    # The kernels work on pairs of neighbouring rows: two values in fp8 make the 16 bits that are turned. With Triton
+    # 3.6, values of 8 bits that were turned, or stored and packed too, came out in a wrong order.
 
     @triton.jit
     def _at(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # noqa: N803
@@ -242,29 +242,32 @@ if triton is not None:
         return value.to(tl.float32)
 
     @triton.jit
-    def _store_both(
-        first, second, out, out_t, pair, column, inside, stride, stride_t, LIMIT: tl.constexpr  # noqa: N803
-    ):  # fmt: skip
-        first = tl.minimum(tl.maximum(first, -LIMIT), LIMIT).to(out.dtype.element_ty)
-        second = tl.minimum(tl.maximum(second, -LIMIT), LIMIT).to(out.dtype.element_ty)
+    def _store_both(first, second, out, out_t, pair, column, inside, stride, stride_t, IS_E4M3: tl.constexpr):  # noqa: N803
+        # the conversion saturates, and keeps what is not a number
         at = out + pair[:, None] * (2 * stride) + column[None, :]
-        tl.store(at, first, mask=inside)
-        tl.store(at + stride, second, mask=inside)
-        low, high = first.to(tl.uint8, bitcast=True), second.to(tl.uint8, bitcast=True)
-        pairs = low.to(tl.uint16) | (high.to(tl.uint16) << 8)
+        tl.store(at, first.to(out.dtype.element_ty), mask=inside)
+        tl.store(at + stride, second.to(out.dtype.element_ty), mask=inside)
+        if IS_E4M3:
+            both = tl.inline_asm_elementwise(
+                "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;", "=h,f,f", [first, second], tl.uint16, is_pure=True, pack=1
+            )
+        else:
+            both = tl.inline_asm_elementwise(
+                "cvt.rn.satfinite.e5m2x2.f32 $0, $2, $1;", "=h,f,f", [first, second], tl.uint16, is_pure=True, pack=1
+            )
         at = out_t.to(tl.pointer_type(tl.uint16)) + column[:, None] * (stride_t // 2) + pair[None, :]
-        tl.store(at, tl.trans(pairs), mask=tl.trans(inside))
+        tl.store(at, tl.trans(both), mask=tl.trans(inside))
 
     @triton.jit
     def _cast_kernel(
         x, scale, out, out_t, rows, columns, x_stride, stride, stride_t, start,
-        LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
+        IS_E4M3: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
     ):  # fmt: skip
         pair, column, inside = _at(rows, columns, ROWS, COLUMNS)
         s = tl.load(scale)
         first = _read(x, 2 * pair, column, inside, x_stride) * s
         second = _read(x, 2 * pair + 1, column, inside, x_stride) * s
-        _store_both(first, second, out, out_t, pair + start // 2, column, inside, stride, stride_t, LIMIT)
+        _store_both(first, second, out, out_t, pair + start // 2, column, inside, stride, stride_t, IS_E4M3)
 
     @triton.jit
     def _swiglu(gate_up, row, column, inside, columns):
@@ -274,13 +277,13 @@ if triton is not None:
     @triton.jit
     def _swiglu_kernel(
         gate_up, scale, out, out_t, rows, columns,
-        LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
+        IS_E4M3: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
     ):  # fmt: skip
         pair, column, inside = _at(rows, columns, ROWS, COLUMNS)
         s = tl.load(scale)
         first = _swiglu(gate_up, 2 * pair, column, inside, columns) * s
         second = _swiglu(gate_up, 2 * pair + 1, column, inside, columns) * s
-        _store_both(first, second, out, out_t, pair, column, inside, columns, rows, LIMIT)
+        _store_both(first, second, out, out_t, pair, column, inside, columns, rows, IS_E4M3)
 
     @triton.jit
     def _swiglu_gradients(gate_up, grad, s, row, column, inside, columns):
@@ -293,18 +296,18 @@ if triton is not None:
     @triton.jit
     def _swiglu_backward_kernel(
         gate_up, grad, scale, out, out_t, rows, columns,
-        LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
+        IS_E4M3: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
     ):  # fmt: skip
         pair, column, inside = _at(rows, columns, ROWS, COLUMNS)
         s = tl.load(scale)
         gate, up = _swiglu_gradients(gate_up, grad, s, 2 * pair, column, inside, columns)
         gate_2, up_2 = _swiglu_gradients(gate_up, grad, s, 2 * pair + 1, column, inside, columns)
-        _store_both(gate, gate_2, out, out_t, pair, column, inside, 2 * columns, rows, LIMIT)
-        _store_both(up, up_2, out, out_t, pair, column + columns, inside, 2 * columns, rows, LIMIT)
+        _store_both(gate, gate_2, out, out_t, pair, column, inside, 2 * columns, rows, IS_E4M3)
+        _store_both(up, up_2, out, out_t, pair, column + columns, inside, 2 * columns, rows, IS_E4M3)
 
     def _launch(kernel: Any, rows: int, columns: int, *arguments: Any, dtype: torch.dtype, tile: int) -> None:
         grid = (triton.cdiv(columns, tile), triton.cdiv(rows, 128))
-        torch.library.wrap_triton(kernel)[grid](*arguments, LIMIT=_LARGEST[dtype], ROWS=128, COLUMNS=tile, num_warps=8)
+        torch.library.wrap_triton(kernel)[grid](*arguments, IS_E4M3=dtype == E4M3, ROWS=128, COLUMNS=tile, num_warps=8)
 
     @torch.library.triton_op("ingot::cast_float8", mutates_args={})
     def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
