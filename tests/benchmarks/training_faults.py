@@ -50,7 +50,7 @@ from models.training.spikes import SpikeConfig
 
 STEPS = 150
 POISON = (88, 94)
-SEEDS = range(12)
+SEEDS = range(11)
 ANYTIME = ("worker", "controller", "driver", "raylet", "drain", "machine", "torn", "full", "storage")
 KILLS = ("worker", "controller", "driver", "raylet", "machine", "torn", "rollback")
 PER_RUN = 5
