@@ -283,7 +283,8 @@ if triton is not None:
         scale = x.new_empty(rows, dtype=torch.float32)
         block = triton.next_power_of_2(width)
         torch.library.wrap_triton(_add_norm_kernel)[(rows,)](
-            x, delta, weight, total, scale, normed, width, eps=eps, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+            x, delta, weight, total, scale, normed, width, eps=eps, BLOCK=block,
+            num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
         return total, scale, normed
 
@@ -308,7 +309,7 @@ if triton is not None:
         tokens, vocab = logits.shape
         losses = logits.new_empty(tokens, dtype=torch.float32)
         torch.library.wrap_triton(_loss_kernel)[(tokens,)](
-            logits, targets, losses, vocab, z_loss=z_loss, ignore=ignore, BLOCK=min(8192, triton.next_power_of_2(vocab)),
-            num_warps=32 if vocab > 4096 else 4,
+            logits, targets, losses, vocab, z_loss=z_loss, ignore=ignore,
+            BLOCK=min(8192, triton.next_power_of_2(vocab)), num_warps=32 if vocab > 4096 else 4,
         )  # fmt: skip
         return losses

@@ -1,4 +1,4 @@
-"""fp8 layers against fp32 ones: values and gradients within the formats' rounding, bounds that hold, training that works."""
+"""fp8 layers against fp32 ones: values and gradients within the formats' rounding; bounds that hold; training."""
 
 from dataclasses import replace
 
