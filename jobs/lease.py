@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from jobs.patience import patiently
 from jobs.run_folder import StoredRun
 from jobs.settings import SettingsError
 
@@ -24,7 +25,7 @@ def lease(run: StoredRun, name: str) -> Iterator[None]:
     Raises:
         SettingsError: another command that still lives holds it.
     """
-    held = run.read_json(FILE)
+    held = patiently(run.read_json, FILE)
     if held is not None and not _gone(held):
         age = time.time() - held["time"]
         raise SettingsError(
@@ -41,7 +42,7 @@ def lease(run: StoredRun, name: str) -> Iterator[None]:
             with contextlib.suppress(OSError):  # storage is away: the next turn renews it
                 sign()
 
-    sign()
+    patiently(sign)
     thread = threading.Thread(target=renew, daemon=True, name="lease")
     thread.start()
     try:
@@ -49,7 +50,8 @@ def lease(run: StoredRun, name: str) -> Iterator[None]:
     finally:
         stopped.set()
         thread.join(timeout=30)
-        run.delete(FILE)
+        with contextlib.suppress(OSError):  # a lease that stays is found to be that of a process that has gone
+            run.delete(FILE)
 
 
 def _gone(held: dict) -> bool:

@@ -9,9 +9,13 @@ import os
 import time
 from typing import Any
 
+from pyarrow.fs import PyFileSystem
+
 from jobs import worker
+from jobs.patience import patiently
 from jobs.run_folder import StoredRun
 from jobs.settings import PretrainJob
+from pipelines import storage
 
 log = logging.getLogger("ingot")
 
@@ -44,7 +48,7 @@ def fit(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: bool, ca
     while True:
         try:
             # Ray's own account of a run cannot be read any more when a kill tears it, and the ledger says more.
-            folder.delete("ray")
+            patiently(folder.delete, "ray")
             trainer = _trainer(settings, folder, attempt, on_gpu, callbacks)
             _withdraw(folder, trainer.train_run_context.run_id)
             trainer.fit()
@@ -138,8 +142,10 @@ def _trainer(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: boo
 
     from jobs import validation
     from jobs.controller import RunController
+    from jobs.ray_storage import PatientStorage
 
     elastic = settings.min_workers is not None
+    _, path = storage.filesystem(folder.folder)
     return TorchTrainer(
         worker.train,
         train_loop_config={"settings": settings, "folder": folder.folder, "attempt": attempt},
@@ -153,7 +159,9 @@ def _trainer(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: boo
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=folder.folder,
+            storage_path=path,
+            # Without patience one write that fails would cost all workers their start.
+            storage_filesystem=PyFileSystem(PatientStorage(folder.folder)),
             # Collectives stay strict under a preemption and survivors get no time beyond it: the model is sharded over
             # all of them, so that those who are left can neither train nor save.
             failure_config=FailureConfig(

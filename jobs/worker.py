@@ -191,7 +191,6 @@ def _report(
         ray.train.report(
             metrics,
             checkpoint=ray.train.Checkpoint.from_directory(local),
-            checkpoint_upload_fn=_upload_patiently,
             validation=validation_due(settings, metrics["step"]),
         )
 
@@ -199,21 +198,6 @@ def _report(
 def validation_due(settings: PretrainJob, step: int) -> bool:
     """Whether Ray Train is to measure the checkpoint of a step beside training."""
     return settings.validation == "beside" and (step % settings.validate_every == 0 or step == settings.steps)
-
-
-def _upload_patiently(checkpoint: Any, name: str) -> Any:
-    """Put a reported checkpoint where Ray Train would, waiting for a storage that fails."""
-    import ray.train
-
-    place = ray.train.get_context().get_storage()
-
-    def upload() -> Any:
-        try:
-            return place.persist_current_checkpoint(checkpoint, name)
-        except RuntimeError as error:  # what it makes of a folder that cannot be reached
-            raise OSError(f"{place.experiment_fs_path}: {error}") from None
-
-    return patiently(upload)
 
 
 def resume_cause(folder: StoredRun, attempt: int) -> str:

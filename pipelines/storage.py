@@ -76,6 +76,11 @@ def failed(error: Exception) -> bool:
     return known or (isinstance(error, OSError) and error.errno is not None)
 
 
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The pyarrow file system of a local path or an object store, and the path in it."""
+    return _resolve(uri)
+
+
 def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
     path = local_path(uri)
     if path is not None:
