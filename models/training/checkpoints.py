@@ -33,6 +33,7 @@ log = logging.getLogger("ingot")
 RECEIPT = "checkpoint.json"
 
 _RETRY_AFTER = (2.0, 8.0, 30.0)  # seconds between attempts: storage that is away for half a minute is waited for
+_WRITERS = 4  # threads of a rank
 _ALIGNMENT = 512  # bytes between the tensors of a snapshot
 
 T = TypeVar("T")
@@ -393,7 +394,8 @@ def _attempt(
     if (failed := _from_first(error, group)) is not None:
         return failed
     with _alone():
-        error = _tried(lambda: dcp.save(state, checkpoint_id=run.uri(folder), planner=planner, process_group=group))
+        place = _place(run.uri(folder))
+        error = _tried(lambda: dcp.save(state, planner=planner, process_group=group, **place))
     sums: dict[str, list] = {}
     if error is None:
         error = _tried(lambda: sums.update(run.checksums(folder, rank, world)))
@@ -403,6 +405,13 @@ def _attempt(
         receipt = {**facts, "files": _merged([sums for _, sums in shares]), "world_size": world}
         failed = _tried(lambda: run.write_json(f"{folder}/{RECEIPT}", receipt))
     return _from_first(failed, group)
+
+
+def _place(uri: str) -> dict[str, Any]:
+    """Arguments of `dcp.save` for a folder: local ones are written by several threads."""
+    if "://" in uri:
+        return {"checkpoint_id": uri}
+    return {"storage_writer": dcp.FileSystemWriter(uri, thread_count=_WRITERS)}
 
 
 def _tried(action: Callable[[], Any]) -> str | None:

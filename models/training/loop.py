@@ -31,7 +31,7 @@ from models.training.metrics import MetricsWriter, peak_flops
 from models.training.profile import Profiler
 from models.training.spikes import LAG, Limits, SpikeConfig, SpikeDetector, Verdict
 from models.training.state import RunFolder, TrainingStoppedError, TrainState
-from models.training.step import Issued, Stepper
+from models.training.step import Issued, Outcome, Stepper
 
 log = logging.getLogger("ingot")
 
@@ -177,7 +177,6 @@ class Training:
         self.last_loss: float | None = None
         self.validation_losses: dict[str, float] = {}
         self.validated_at = -1
-        self.began = 0.0
 
     def train(self) -> dict[str, float]:
         """Run from the newest usable checkpoint, or from the start, to ``config.steps``; returns the final losses.
@@ -215,7 +214,7 @@ class Training:
     # Steps
 
     def _stream(self) -> Iterator[Tensor]:
-        self.began = time.perf_counter()
+        self.stepper.start_clock()
         return self.batches(self.state.data_step, self.state.next_data_step)
 
     def _issue(self, stream: Iterator[Tensor]) -> None:
@@ -250,7 +249,6 @@ class Training:
             if verdict.spike:
                 self.pending.clear()
                 return Spike(pending, outcome.loss, verdict)
-            seconds, self.began = outcome.ended - self.began, outcome.ended
             if outcome.applied:
                 self.last_loss = outcome.loss
             else:
@@ -264,12 +262,13 @@ class Training:
                     reason=verdict.reason,
                 )
             if self.metrics is not None:
-                self._record(pending, outcome, seconds)
+                self._record(pending, outcome)
             if outcome.signals == self.stepper.data_world:
                 self._commit()
         return None
 
-    def _record(self, pending: Pending, outcome: Any, seconds: float) -> None:
+    def _record(self, pending: Pending, outcome: Outcome) -> None:
+        seconds = outcome.seconds
         speed = len(pending.data_steps) * self.config.global_batch * self.config.sequence_length / seconds
         row = {
             "step": pending.step,
@@ -324,7 +323,7 @@ class Training:
                 self._commit()
             self._event("interrupt", reason=interrupted, saved=sound, seconds=round(time.perf_counter() - began, 3))
         self._tell()
-        self.began = time.perf_counter()  # what is done here is not the steps' own time
+        self.stepper.start_clock()  # what is done here is not the steps' own time
 
     @torch.no_grad()
     def _validate(self) -> None:

@@ -34,7 +34,7 @@ class Outcome:
         applied: whether the weights were changed.
         signals: how many ranks raised their hand when the step was issued.
         batch_hash: `models.training.state.batch_hash` of the global batch, modulo 2^64.
-        ended: `time.perf_counter()` when the step was known to have ended.
+        seconds: from the end of the step before, or from `Stepper.start_clock`, to its own, on the device's clock.
     """
 
     loss: float
@@ -42,30 +42,44 @@ class Outcome:
     applied: bool
     signals: int
     batch_hash: int
-    ended: float
+    seconds: float
+
+
+class Moment:
+    """A point in the device's work; on the CPU, in time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.time, self.event = time.perf_counter(), None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def wait(self) -> None:
+        """Until the device has come to it, without holding Python's lock."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def since(self, earlier: Moment) -> float:
+        """Seconds between two points that the device has come to."""
+        return self.time - earlier.time if self.event is None else earlier.event.elapsed_time(self.event) / 1e3
 
 
 class Issued:
     """A step under way: its numbers, on their way to the host."""
 
-    def __init__(self, numbers: Tensor, facts: Tensor) -> None:
-        self.event: torch.cuda.Event | None = None
-        self.ended = time.perf_counter()
+    def __init__(self, numbers: Tensor, facts: Tensor, before: Moment) -> None:
+        self.numbers, self.facts, self.before = numbers, facts, before
         if numbers.is_cuda:
             self.numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
             self.facts = torch.empty_like(facts, device="cpu", pin_memory=True).copy_(facts, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.numbers, self.facts = numbers, facts
+        self.end = Moment(numbers.device)
 
     def read(self) -> Outcome:
         """Wait for the step to end; its numbers."""
-        if self.event is not None:
-            self.event.synchronize()
-            self.ended = time.perf_counter()
+        self.end.wait()
         loss, grad_norm, applied, signals = self.numbers.tolist()
-        return Outcome(loss, grad_norm, applied > 0, round(signals), self.facts[0].item() % 2**64, self.ended)
+        seconds = max(self.end.since(self.before), 1e-9)
+        return Outcome(loss, grad_norm, applied > 0, round(signals), self.facts[0].item() % 2**64, seconds)
 
 
 class Stepper:
@@ -104,6 +118,12 @@ class Stepper:
         self.data_world, self.speaks, self.before_update = data_world, speaks, before_update
         self.document_index = document_index
         self.sample_losses: deque[tuple[int, Tensor]] = deque(maxlen=remember)
+        self.under_way: deque[Moment] = deque()  # the end of the forward pass issued last
+        self.last = Moment(device)
+
+    def start_clock(self) -> None:
+        """Time the next step from here on."""
+        self.last = Moment(self.device)
 
     def backward(self, samples: Tensor, step: int, signal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the mean loss over the global batch.
@@ -132,7 +152,9 @@ class Stepper:
         for i, piece in enumerate(pieces):
             set_gradient_sync(self.model, i == len(pieces) - 1)
             inputs, targets = inputs_and_targets(piece)
+            self._keep_pace()
             loss, by_token = self.model(inputs, targets, reduction="sum", token_losses=True, **self.mask(inputs))
+            self.under_way.append(Moment(self.device))
             (loss * scale).backward()
             total += loss.detach().float()
             losses.append(by_token.sum(1) / (targets != IGNORE).sum(1).clamp(min=1))
@@ -156,7 +178,18 @@ class Stepper:
             self.before_update()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return Issued(torch.stack([loss, norm, applied, signals]), facts)
+        issued = Issued(torch.stack([loss, norm, applied, signals]), facts, self.last)
+        self.last = issued.end
+        return issued
+
+    def _keep_pace(self) -> None:
+        """Before a forward pass is issued, let the device come to the end of the one before.
+
+        It has a backward pass to do then, and its queue never fills up: issuing to a full one waits with Python's
+        lock held, and the threads that read data and write checkpoints would starve.
+        """
+        while self.under_way:
+            self.under_way.popleft().wait()
 
     def mask(self, inputs: Tensor) -> dict[str, Tensor]:
         """The model's argument that keeps attention within documents, if it is to."""

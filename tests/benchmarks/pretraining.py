@@ -163,32 +163,7 @@ def free_port() -> int:
 
 def part_checkpoints(settings: PretrainJob) -> None:
     """What checkpoints cost the steps around them."""
-    run = trained(settings, "checkpoints", keep_checkpoints=1)
-    events = [event for event in run.events() if event["event"] == "checkpoint"]
-    rows = valid_steps(run.metrics())
-    writing, quiet = [], []
-    for step, row in rows.items():
-        if step > WARM:
-            begun = row["time"] - row["seconds"]
-            beside = any(e["time"] - e["write"] < row["time"] and begun < e["time"] for e in events)
-            (writing if beside else quiet).append(row["seconds"])
-    first, last = min(row["time"] for row in rows.values()), max(row["time"] for row in rows.values())
-    usual = statistics.median(quiet)
-    lost = sum(e["pause"] for e in events[1:-1]) + sum(writing) - usual * len(writing)
-    show(
-        "checkpoints",
-        [
-            {
-                "checkpoints": len(events),
-                "pauses_ms": [round(1e3 * e["pause"], 1) for e in events],
-                "writes_s": [e["write"] for e in events],
-                "step_s": usual,
-                "step_while_writing_s": statistics.median(writing) if writing else None,
-                "steps_while_writing": len(writing),
-                "lost_share": lost / (last - first),
-            }
-        ],
-    )
+    show("checkpoints", [checkpoint_costs(trained(settings, "checkpoints", keep_checkpoints=1))])
 
 
 def part_rollback(settings: PretrainJob) -> None:
@@ -234,11 +209,12 @@ def part_precision(settings: PretrainJob) -> None:
     """bf16 beside fp8."""
     table = []
     for precision in ("bf16", "fp8"):
-        run = trained(settings, f"precision-{precision}", precision=precision, checkpoint_every=10**9)
+        run = trained(settings, f"precision-{precision}", precision=precision, keep_checkpoints=1)
         losses = [row["loss"] for row in valid_steps(run.metrics()).values()]
         (end,) = [event for event in run.events() if event["event"] == "end"]
         row = {"precision": precision, **speed(run), "validation_loss": end["validation_loss"]}
         table.append({**row, "last_30": statistics.fmean(losses[-30:]), "curve": [round(x, 3) for x in losses[::30]]})
+        show(f"checkpoints, {precision}", [checkpoint_costs(run)])
     for row in table:
         row["loss_ratio"] = row["last_30"] / table[0]["last_30"] - 1
         row["validation_ratio"] = row["validation_loss"] / table[0]["validation_loss"] - 1
@@ -276,6 +252,30 @@ def speed(run: StoredRun) -> dict[str, Any]:
     if rows[-1].get("memory_gb"):
         told["memory_gb"] = rows[-1]["memory_gb"]
     return {**told, "steps": len(rows)}
+
+
+def checkpoint_costs(run: StoredRun) -> dict[str, Any]:
+    """Pauses and times to write, and how much slower the steps were while one was written."""
+    events = [event for event in run.events() if event["event"] == "checkpoint"]
+    rows = valid_steps(run.metrics())
+    writing, quiet = [], []
+    for step, row in rows.items():
+        if step > WARM:
+            begun = row["time"] - row["seconds"]
+            beside = any(e["time"] - e["write"] < row["time"] and begun < e["time"] for e in events)
+            (writing if beside else quiet).append(row["seconds"])
+    first, last = min(row["time"] for row in rows.values()), max(row["time"] for row in rows.values())
+    usual = statistics.median(quiet)
+    lost = sum(e["pause"] for e in events[1:-1]) + sum(writing) - usual * len(writing)
+    return {
+        "checkpoints": len(events),
+        "pauses_ms": [round(1e3 * e["pause"], 1) for e in events],
+        "writes_s": [e["write"] for e in events],
+        "step_s": usual,
+        "step_while_writing_s": statistics.median(writing) if writing else None,
+        "steps_while_writing": len(writing),
+        "lost_share": lost / (last - first),
+    }
 
 
 def rolled_back(run: StoredRun, at: int) -> dict[str, Any]:
