@@ -17,7 +17,7 @@ from models.config import OptimizerConfig, ScheduleConfig
 
 pytestmark = pytest.mark.cluster
 
-STEPS = 220
+STEPS = 210
 PATIENCE = 150  # seconds for what takes a few on a quiet machine
 
 
@@ -71,7 +71,7 @@ def test_a_run_grows_shrinks_and_survives_a_dead_node_with_every_token_seen_once
         validate_every=STEPS,
         validation_samples=4,
         max_failures=1,
-        faults=Faults(slow_worker_seconds=0.15),
+        faults=Faults(slow_worker_seconds=0.3),
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(settings)))))
     run = StoredRun(f"{token_workspace}/runs/elastic")
@@ -105,6 +105,8 @@ def test_a_run_grows_shrinks_and_survives_a_dead_node_with_every_token_seen_once
         resumes("resize")
         trains_for(3)
         drain(cluster, node, 8)
+        wait_until(lambda: events_of(run, "preempted"), PATIENCE)
+        kill_raylet(node)  # the cloud takes it, at the time that it said
         resumes("resize", "preemption")
         trains_for(3)
         node = add_node(cluster)
