@@ -216,7 +216,7 @@ def resume_cause(folder: StoredRun, attempt: int) -> str:
 
 def since_start(folder: StoredRun, attempt: int) -> list[dict[str, Any]]:
     """The run's events from the start of this attempt on."""
-    events = folder.events()
+    events = patiently(folder.events)
     starts = [i for i, event in enumerate(events) if event["event"] == "start" and event["attempt"] == attempt]
     return events[starts[-1] :] if starts else []
 

@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -80,7 +80,11 @@ def load(
     """Read a checkpoint into model and optimizer, at any number of ranks and any layout; a collective of all of them.
 
     Returns:
-        The facts given to ``save``, or None when the checkpoint is torn or was changed since; then nothing was loaded.
+        The facts given to ``save``, or None when the checkpoint is torn or was changed since: what model and optimizer
+        hold is then to be loaded from another.
+
+    Raises:
+        OSError: storage cannot be read, on any rank.
     """
     rank, world = rank_and_world()
     # Every rank reads the receipt, but one decides: storage may show a file to one and not yet to another.
@@ -92,11 +96,21 @@ def load(
     except OSError as error:
         mine = error
     shares = _gather(mine, group)
-    if any(isinstance(share, OSError) for share in shares) or _merged(shares) != receipt["files"]:
+    failed = next((share for share in shares if isinstance(share, OSError)), None)
+    if failed is not None:
+        raise OSError(f"{run.uri(folder)}: a worker cannot read it: {failed}")  # which says nothing of what is in it
+    if _merged(shares) != receipt["files"]:
         return None
     state = _states(model, optimizer)
-    with _alone():
-        dcp.load(state, checkpoint_id=run.uri(folder), process_group=group)
+    try:
+        with _alone():
+            dcp.load(state, checkpoint_id=run.uri(folder), process_group=group)
+    except CheckpointException as error:  # on all ranks alike
+        causes = [failure for failure, _ in error.failures.values()]
+        if any(isinstance(cause, OSError) for cause in causes):
+            raise OSError(f"{run.uri(folder)}: {causes[0]}") from None
+        log.warning("%s: cannot be put together: %s", run.uri(folder), causes[:1])
+        return None
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return receipt
 
@@ -114,8 +128,11 @@ def load_weights(run: RunFolder, folder: str, model: nn.Module) -> None:
     if _files(run, folder, 0, 1) != receipt["files"]:
         raise ValueError(f"{run.uri(folder)}: its files are not those that were written; take another checkpoint")
     weights = model.state_dict()
-    with _alone():
-        dcp.load({"model": weights}, checkpoint_id=run.uri(folder), no_dist=True)
+    try:
+        with _alone():
+            dcp.load({"model": weights}, checkpoint_id=run.uri(folder), no_dist=True)
+    except CheckpointException as error:
+        raise ValueError(f"{run.uri(folder)}: cannot be put together: {error.failures}") from None
     model.load_state_dict(weights)
 
 
@@ -411,14 +428,25 @@ def _place(uri: str) -> dict[str, Any]:
     """Arguments of `dcp.save` for a folder: local ones are written by several threads."""
     if "://" in uri:
         return {"checkpoint_id": uri}
-    return {"storage_writer": dcp.FileSystemWriter(uri, thread_count=_WRITERS)}
+    return {"storage_writer": _ThreadedWriter(uri, thread_count=_WRITERS)}
+
+
+class _ThreadedWriter(dcp.FileSystemWriter):
+    """Writes files by several threads; what fails in one of them, which torch only prints, fails here."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list]:
+        written = super().write_data(plan, planner)
+        missing = len(plan.items) - len(written.value())
+        if missing:
+            raise OSError(f"{missing} of {len(plan.items)} parts of the checkpoint were not written")
+        return written
 
 
 def _tried(action: Callable[[], Any]) -> str | None:
-    """Do it; what went wrong with storage, in one line, or None."""
+    """Do it; what went wrong, in one line, or None."""
     try:
         action()
-    except (OSError, CheckpointException) as error:
+    except (Exception, CheckpointException) as error:
         cause: BaseException = error
         if isinstance(error, CheckpointException) and error.failures:
             cause = next(iter(error.failures.values()))[0]

@@ -233,8 +233,10 @@ class Training:
             state.data_step = data_steps[-1] + 1
             parts.append(next(stream))
         limits = self.detector.next_limits()
+        # each on its own: joined on the host they would not be page-locked any more
+        parts = [part.to(self.device, non_blocking=True) for part in parts]
         samples = parts[0] if len(parts) == 1 else torch.cat(parts)
-        issued = self.stepper.step(samples, data_steps[0], limits, signal=self.checkpoints.written)
+        issued = self.stepper.step(samples, data_steps, limits, signal=self.checkpoints.written)
         state.step += 1
         state.data_step = state.next_data_step(state.data_step)
         state.tokens += len(data_steps) * config.global_batch * config.sequence_length
@@ -321,7 +323,8 @@ class Training:
             if sound:
                 self._save()
                 self._commit()
-            self._event("interrupt", reason=interrupted, saved=sound, seconds=round(time.perf_counter() - began, 3))
+            seconds = round(time.perf_counter() - began, 3)
+            self._event("interrupt", reason=interrupted, saved=self._saved(), seconds=seconds)
         self._tell()
         self.stepper.start_clock()  # what is done here is not the steps' own time
 
@@ -356,7 +359,7 @@ class Training:
         """Begin a checkpoint of this step, unless there is one; the one before is waited for."""
         state = self.state
         self._commit()
-        if any(entry.step == state.step for entry in self.ledger.usable()):
+        if self._saved():
             return
         facts = {
             "state": state.state_dict(),
@@ -370,6 +373,10 @@ class Training:
         self.checkpoints.begin(state.step, f"checkpoints/step-{state.step:08d}", facts)
         if not self.checkpoints.background:
             self._commit()
+
+    def _saved(self) -> bool:
+        """Whether there is a checkpoint of this step."""
+        return any(entry.step == self.state.step for entry in self.ledger.usable())
 
     def _commit(self) -> None:
         """Enter the checkpoint that was begun into the ledger, once every rank has written its part."""
@@ -465,6 +472,7 @@ class Training:
         self.state.data_step = self.state.next_data_step(self.state.data_step)
         self.detector.load_state_dict(facts["detector"])
         self.last_loss = facts["loss"]
+        self.validation_losses, self.validated_at = {}, -1
         self.optimizer.zero_grad(set_to_none=True)
         return True
 
@@ -488,6 +496,8 @@ class Training:
                 "spikes.max_rollbacks allows. Look at the learning rate, the gradient norms before the spikes, and the "
                 f"data steps that were skipped: {self.ledger.skips}"
             )
+        if not any(self.ledger.clean_before(last)):
+            self._commit()  # the first checkpoint, still being written; before the skips change, which would undo it
         skip = [max(first - config.lead_in, 0), last + 1 + config.skip_after]
         state = TrainState(skips=self.ledger.skips)
         state.skip(*skip)
@@ -525,7 +535,8 @@ class Training:
 
     def _go_back(self, step: int, before: int, last: int, verdict: Verdict) -> tuple[Entry, str]:
         """Put everything back to the newest clean checkpoint that can be read: it, and where it was read from."""
-        for entry in list(self.ledger.clean_before(before)) or list(self.ledger.clean_before(last)):
+        better = list(self.ledger.clean_before(before))
+        for entry in [*better, *(e for e in self.ledger.clean_before(last) if e not in better)]:
             if self._restore(self.checkpoints.recall(entry.step)):
                 return entry, "memory"
             if self._restore(self.checkpoints.load(entry.folder)):
@@ -537,11 +548,12 @@ class Training:
 
     def _worst(self, first: int, last: int) -> list[dict[str, Any]]:
         """The samples with the highest losses in the data steps from ``first`` to ``last``, and what stands in them."""
-        steps = {data_step for data_step, _ in self.stepper.sample_losses if first <= data_step <= last}
-        mine = [
-            (loss, data_step + place // self.share, self.data_rank * self.share + place % self.share)
-            for loss, data_step, place in (self.stepper.worst(steps, _WORST_SAMPLES) if self.speaks else [])
-        ]
+        mine = []
+        for loss, data_steps, at in self.stepper.worst(first, last, _WORST_SAMPLES) if self.speaks else []:
+            unit, row = divmod(at, self.share)
+            place = self.data_rank * self.share + row
+            if unit < len(data_steps) and place < self.config.global_batch:  # others only fill the batch up
+                mine.append((loss, data_steps[unit], place))
         shares = [mine]
         if dist.is_initialized():
             shares = [None] * self.world
@@ -551,8 +563,8 @@ class Training:
         rows = sorted((row for share in shares for row in share), key=lambda row: -_finite(row[0]))[:_WORST_SAMPLES]
         try:
             found = self.documents([(data_step, place) for _, data_step, place in rows])
-        except (OSError, ValueError) as error:
-            log.warning("the documents of the spike could not be read: %s", error)
+        except Exception as error:  # they are for people to look at, and no reason to stop
+            log.warning("the documents of the spike could not be read: %s: %s", type(error).__name__, error)
             return []
         return [
             {"loss": _number(loss), "data_step": data_step, "sample": place, **document}
@@ -566,6 +578,7 @@ class Training:
 
     def _stop(self, diagnosis: str) -> None:
         self._event("stop", diagnosis=diagnosis)
+        self._tell_at_last()
         raise TrainingStoppedError(diagnosis)
 
     def _finish(self) -> dict[str, float]:
@@ -573,6 +586,10 @@ class Training:
         self._validate()
         self._save()
         self._commit()
+        if not self._saved():
+            raise OSError(
+                f"{self.run.uri('checkpoints')}: the last checkpoint, of step {self.state.step}, was not written"
+            )
         if saved is not None:  # an attempt that was killed at the very end may not have come to that
             self._report(saved.folder, saved.step, self.last_loss)
         for entry in self.ledger.usable():
@@ -581,6 +598,7 @@ class Training:
         if self.metrics is not None:
             self.metrics.flush()
         self._event("end", loss=self.last_loss, **self.validation_losses)
+        self._tell_at_last()
         return {"step": self.state.step, "loss": self.last_loss, **self.validation_losses}
 
     # Events
@@ -598,6 +616,17 @@ class Training:
                 del self.events[0]
         except OSError as error:
             log.warning("%s: %s; %d events wait", self.run.uri("events.jsonl"), error, len(self.events))
+
+    def _tell_at_last(self) -> None:
+        """Wait for a storage that fails: after this nobody is left to tell the events.
+
+        Raises:
+            OSError: it failed to the end.
+        """
+        while self.events:
+            line = self.events[0]
+            persistently(lambda line=line: self.run.append_line("events.jsonl", line), self.run.uri("events.jsonl"))
+            del self.events[0]
 
 
 def _number(value: float) -> float | None:

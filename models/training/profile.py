@@ -54,7 +54,11 @@ class Profiler:
         name = f"profile/steps-{self.steps[0]}-{self.steps[1]}.json"
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "trace.json")
-            profile.export_chrome_trace(path)
-            with open(path) as trace:
-                self.run.write_text(name, trace.read())
-        log.info("profile: %s", self.run.uri(name))
+            try:
+                profile.export_chrome_trace(path)
+                with open(path) as trace:
+                    self.run.write_text(name, trace.read())
+            except OSError as error:
+                log.warning("profile: %s cannot be written: %s", self.run.uri(name), error)
+            else:
+                log.info("profile: %s", self.run.uri(name))

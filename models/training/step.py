@@ -117,7 +117,7 @@ class Stepper:
         self.microbatch, self.grad_clip = microbatch, grad_clip
         self.data_world, self.speaks, self.before_update = data_world, speaks, before_update
         self.document_index = document_index
-        self.sample_losses: deque[tuple[int, Tensor]] = deque(maxlen=remember)
+        self.sample_losses: deque[tuple[list[int], Tensor]] = deque(maxlen=remember)
         self.under_way: deque[Moment] = deque()  # the end of the forward pass issued last
         self.last = Moment(device)
 
@@ -125,12 +125,12 @@ class Stepper:
         """Time the next step from here on."""
         self.last = Moment(self.device)
 
-    def backward(self, samples: Tensor, step: int, signal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, samples: Tensor, data_steps: list[int], signal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the mean loss over the global batch.
 
         Args:
             samples: this rank's share, (n, T + 1) int64; samples of nothing but -100 only fill it up.
-            step: the name under which the losses by sample are kept.
+            data_steps: those that the samples are of; the losses by sample are kept under them.
             signal: whether this rank raises its hand.
 
         Returns:
@@ -138,7 +138,7 @@ class Stepper:
             targets, (2,) int64: on the device, the same on every rank.
         """
         samples = samples.to(self.device, non_blocking=True)
-        size = min(self.microbatch, len(samples))
+        size = -(-len(samples) // -(-len(samples) // self.microbatch))  # as even as can be
         short = -len(samples) % size
         samples = F.pad(samples, (0, 0, 0, short), value=IGNORE) if short else samples
         facts = torch.stack([batch_hash(samples), (samples[:, 1:] != IGNORE).sum()])
@@ -158,15 +158,15 @@ class Stepper:
             (loss * scale).backward()
             total += loss.detach().float()
             losses.append(by_token.sum(1) / (targets != IGNORE).sum(1).clamp(min=1))
-        self.sample_losses.append((step, torch.cat(losses)))
+        self.sample_losses.append((data_steps, torch.cat(losses)))
         numbers = torch.stack([total, torch.full_like(total, float(signal))])
         self._sum(numbers)
         loss, signals = numbers.unbind()
         return loss / count, signals, facts
 
-    def step(self, samples: Tensor, step: int, limits: Limits, signal: bool = False) -> Issued:
+    def step(self, samples: Tensor, data_steps: list[int], limits: Limits, signal: bool = False) -> Issued:
         """Issue one step; the learning rate is set already. Takes what `backward` does, and the limits to judge by."""
-        loss, signals, facts = self.backward(samples, step, signal)
+        loss, signals, facts = self.backward(samples, data_steps, signal)
         norm = grad_norm(self.model)
         applied = (
             torch.isfinite(loss) & torch.isfinite(norm) & (loss <= limits.loss) & (norm <= limits.grad_norm)
@@ -195,13 +195,18 @@ class Stepper:
         """The model's argument that keeps attention within documents, if it is to."""
         return {} if self.document_index is None else {"documents": self.document_index(inputs)}
 
-    def worst(self, steps: set[int], most: int) -> list[tuple[float, int, int]]:
-        """This rank's samples with the highest losses among those of some steps: loss, step, place in its share."""
+    def worst(self, first: int, last: int, most: int) -> list[tuple[float, list[int], int]]:
+        """This rank's samples with the highest losses in the steps that began with data steps from first to last.
+
+        Returns:
+            For each its loss, the data steps of its step, and its place in this rank's share of them.
+        """
         rows = [
-            (loss, step, place)
-            for step, losses in self.sample_losses
-            if step in steps
+            (loss, data_steps, place)
+            for data_steps, losses in self.sample_losses
+            if first <= data_steps[0] <= last
             for place, loss in enumerate(losses.tolist())
+            if loss != 0  # samples of nothing but padding
         ]
         return sorted(rows, key=lambda row: -row[0] if row[0] == row[0] else float("-inf"))[:most]
 

@@ -213,18 +213,18 @@ def child(c: dict[str, Any]) -> None:
         batch = torch.randint(0, config.vocab_size, (n, length + 1), generator=generator)
         return batch.pin_memory() if on_gpu else batch
 
-    stepper.step(samples(2 * c["microbatch"]), 0, Limits()).read()
+    stepper.step(samples(2 * c["microbatch"]), [0], Limits()).read()
     ready = time.perf_counter() - began
     if on_gpu:
         torch.cuda.empty_cache()
     share = samples(max(c["microbatch"], c["tokens"] // length // world))
     print("READY", flush=True)
     sys.stdin.readline()
-    stepper.step(samples(2 * c["microbatch"]), 0, Limits()).read()  # the allocator's memory is there again
+    stepper.step(samples(2 * c["microbatch"]), [0], Limits()).read()  # the allocator's memory is there again
     if c["world"] > 1:
         dist.barrier()
     began = time.perf_counter()
-    issued = [stepper.step(share, i, Limits()) for i in range(c["steps"])]
+    issued = [stepper.step(share, [i], Limits()) for i in range(c["steps"])]
     losses = [outcome.read().loss for outcome in issued]
     seconds = time.perf_counter() - began
     speed = len(share) * world * length * c["steps"] / seconds

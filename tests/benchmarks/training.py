@@ -358,7 +358,7 @@ def whole_steps(
 
     def issue(step: int) -> Any:
         samples = torch.randint(0, vocab_size, (rows, length + 1), generator=generator)
-        return stepper.step(samples.pin_memory() if device == "cuda" else samples, step, limits)
+        return stepper.step(samples.pin_memory() if device == "cuda" else samples, [step], limits)
 
     began = time.perf_counter()
     first = issue(0).read().loss

@@ -516,6 +516,59 @@ def test_a_storage_that_fails_for_a_while_costs_nothing_but_checkpoints(tmp_path
     assert not (tmp_path / "run" / "checkpoints" / "step-00000020").exists()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # torch lets its threads die
+def test_what_fails_in_a_writers_thread_makes_no_checkpoint(tmp_path, monkeypatch):
+    """Of several threads that write, any may meet a full disk."""
+    monkeypatch.setattr("models.training.checkpoints._RETRY_AFTER", ())
+    from torch.distributed.checkpoint import filesystem
+
+    write, calls = filesystem._write_item, []
+
+    def full(*arguments):
+        calls.append(1)
+        if 40 < len(calls) < 44:
+            raise OSError("no space left on device")
+        return write(*arguments)
+
+    monkeypatch.setattr(filesystem, "_write_item", full)
+    run = training(tmp_path / "run", steps=20)
+    run.train()
+    folder = Folder(tmp_path / "run")
+    (failed,) = folder.events("checkpoint_failed")
+    assert failed["step"] == 0
+    assert [entry.step for entry in run.ledger.usable()] == [20, 10]
+
+
+def test_the_end_is_not_told_while_its_checkpoint_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("models.training.checkpoints._RETRY_AFTER", ())
+
+    class Away(Folder):
+        def write_json(self, name, value):
+            if "00000060" in name:
+                raise OSError("no space left on device")
+            super().write_json(name, value)
+
+    with pytest.raises(OSError, match="the last checkpoint, of step 60, was not written"):
+        training(tmp_path / "run", storage=Away).train()
+    assert not Folder(tmp_path / "run").events("end")
+    training(tmp_path / "run").train()
+    assert Folder(tmp_path / "run").events("resume")[0]["from_step"] == 50
+
+
+def test_a_storage_that_one_start_cannot_read_leaves_the_checkpoints_alone(tmp_path):
+    with pytest.raises(Killed):
+        training(tmp_path / "run", kill_at=45).train()
+
+    class Unreadable(Folder):
+        def checksums(self, folder, part, of):
+            raise PermissionError(folder)
+
+    with pytest.raises(OSError, match="cannot read it"):
+        training(tmp_path / "run", storage=Unreadable).train()
+    training(tmp_path / "run").train()
+    assert Folder(tmp_path / "run").events("resume")[0]["from_step"] == 40
+
+
 def test_checkpoints_are_kept_by_every_rule(tmp_path):
     run = training(tmp_path / "run", keep_checkpoints=1, keep_every=20, keep_best=True)
     run.train()
