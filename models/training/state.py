@@ -83,6 +83,30 @@ class TrainState:
         """What ``state_dict`` gave."""
         return cls(**state)
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where ``state_dict`` was taken."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+@dataclass
+class Losses:
+    """The newest losses of a run.
+
+    Attributes:
+        training: of the newest step that was applied, nats.
+        validation: by their names in the metrics.
+        validated_at: the step that they were measured at.
+    """
+
+    training: float | None = None
+    validation: dict[str, float] = field(default_factory=dict)
+    validated_at: int = -1
+
+    def restore(self, training: float | None) -> None:
+        """Forget what later steps came to."""
+        self.training, self.validation, self.validated_at = training, {}, -1
+
 
 def batch_hash(samples: Tensor) -> Tensor:
     """A number that tells which samples a batch holds: the sum, modulo 2^64, of a hash of each one's tokens.

@@ -15,10 +15,10 @@ from models.mesh import Parallelism, make_mesh
 from models.optimizer import build_optimizer
 from models.parallel import parallelize
 from models.training.ledger import Entry, Ledger
-from models.training.loop import LoopConfig, Training, TrainingStoppedError
+from models.training.loop import LoopConfig, Training
 from models.training.metrics import MetricsWriter
 from models.training.spikes import SpikeConfig
-from models.training.state import TrainState, batch_hash
+from models.training.state import TrainingStoppedError, TrainState, batch_hash
 from models.transformer import Transformer
 
 CONFIG = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=64, max_seq_len=16)
@@ -369,7 +369,7 @@ def test_writing_beside_the_training_changes_nothing(tmp_path):
             tmp_path / name, poison=poison, reports=reports, async_checkpoints="beside" in name, host_snapshots=2
         )
         beside.train()
-        steps = [entry.step for entry in beside.ledger.entries]
+        steps = [entry.step for entry in beside.recovery.ledger.entries]
         assert steps == list(range(0, 61, 10))
         assert all(pointer["folder"] == f"checkpoints/step-{metrics['step']:08d}" for metrics, pointer in reports)
         for event in Folder(tmp_path / name).events("checkpoint"):
@@ -536,7 +536,7 @@ def test_what_fails_in_a_writers_thread_makes_no_checkpoint(tmp_path, monkeypatc
     folder = Folder(tmp_path / "run")
     (failed,) = folder.events("checkpoint_failed")
     assert failed["step"] == 0
-    assert [entry.step for entry in run.ledger.usable()] == [20, 10]
+    assert [entry.step for entry in run.recovery.ledger.usable()] == [20, 10]
 
 
 def test_the_end_is_not_told_while_its_checkpoint_is_missing(tmp_path, monkeypatch):
@@ -572,7 +572,7 @@ def test_a_storage_that_one_start_cannot_read_leaves_the_checkpoints_alone(tmp_p
 def test_checkpoints_are_kept_by_every_rule(tmp_path):
     run = training(tmp_path / "run", keep_checkpoints=1, keep_every=20, keep_best=True)
     run.train()
-    kept = [entry.step for entry in run.ledger.usable()]
+    kept = [entry.step for entry in run.recovery.ledger.usable()]
     assert kept == [60, 50, 40, 20]  # the newest, the newest that was clean, and every twentieth
     ledger = Ledger()
     for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (40, None), (50, None)):
@@ -640,7 +640,9 @@ def test_steps_that_a_rollback_has_undone_do_not_count(tmp_path):
     with pytest.raises(Killed):
         training(tmp_path / "run", poison=range(43, 47), kill_at=33).train()
     run = training(tmp_path / "run", poison=range(43, 47))
-    run.before_step = lambda step: (_ for _ in ()).throw(Killed) if run.ledger.rollbacks and step == 34 else None
+    run.before_step = lambda step: (
+        (_ for _ in ()).throw(Killed) if run.recovery.ledger.rollbacks and step == 34 else None
+    )
     with pytest.raises(Killed):
         run.train()
     run.metrics.flush()
