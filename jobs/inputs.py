@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.patience import patiently
 from jobs.settings import PretrainJob, SettingsError
 from models.config import ModelConfig
+from models.training.run_folder import patiently
 from pipelines import storage
 from pipelines.batches import Batches, prefetch
 from pipelines.shards import TokenShards

@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 
-from jobs.patience import patiently
 from jobs.run_folder import StoredRun
 from jobs.settings import SettingsError
+from models.training.run_folder import patiently
 
 FILE = "lease.json"
 EVERY_SECONDS = 10.0

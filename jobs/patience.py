@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import socket
-import time
 import uuid
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
-import xxhash
+from typing import Any
 
 from jobs.run_folder import StoredRun
+from models.training.run_folder import patiently
 
-log = logging.getLogger("ingot")
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-SECONDS = 120.0  # clients of object stores, which wait by themselves, give up after about as much
-_LONGEST_PAUSE = 5.0
-
-RECEIPT = "checkpoint.json"  # as models.training.checkpoints names it; that needs torch, which drivers do without
 GROUP = "group.json"  # of which workers the run is
-
-
-def patiently(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """``call`` with its arguments, again and again while the storage fails, for ``SECONDS``.
-
-    Raises:
-        FileNotFoundError: of the call; to wait for what was never there would be in vain.
-        OSError: of the last call.
-    """
-    deadline, pause = time.monotonic() + SECONDS, 0.1
-    while True:
-        try:
-            return call(*args, **kwargs)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            if time.monotonic() + pause > deadline:
-                raise
-            if pause >= 1:
-                log.warning("storage: %s; tried again for %.0f s more", error, deadline - time.monotonic())
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 class OvertakenError(RuntimeError):
@@ -71,16 +35,8 @@ class PatientRun(StoredRun):
         patiently(super().write_json, GROUP, {"mark": self.mark, "host": socket.gethostname(), "pid": os.getpid()})
 
     def read_json(self, name: str) -> Any | None:
-        """Content of a JSON file, None when it is not there, or when it is a receipt that is not as it was written."""
-        if not name.endswith(f"/{RECEIPT}"):
-            return patiently(super().read_json, name)
-        try:
-            receipt = patiently(super().read_json, name)
-        except ValueError:  # no JSON any more
-            return None
-        if not isinstance(receipt, dict) or receipt.pop("checksum", None) != _checksum(receipt):
-            return None
-        return receipt
+        """Content of a JSON file, None when it is not there."""
+        return patiently(super().read_json, name)
 
     def checksums(self, folder: str, part: int, of: int) -> dict[str, list]:
         """Size and hash of every ``of``-th file below ``folder`` from the ``part``-th on, by name."""
@@ -89,8 +45,6 @@ class PatientRun(StoredRun):
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all."""
         self._check()
-        if name.endswith(f"/{RECEIPT}"):  # it says what the other files have to be, and has nobody else to say it of it
-            value = {**value, "checksum": _checksum(value)}
         super().write_json(name, value)
 
     def write_text(self, name: str, text: str) -> None:
@@ -111,7 +65,3 @@ class PatientRun(StoredRun):
     def _check(self) -> None:
         if self.mark is not None and (now := StoredRun.read_json(self, GROUP)) is not None and now["mark"] != self.mark:
             raise OvertakenError(f"{self.folder}: process {now['pid']} on {now['host']} has taken this run over")
-
-
-def _checksum(receipt: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(receipt, sort_keys=True).encode())

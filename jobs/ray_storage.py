@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from jobs.patience import patiently
+from models.training.run_folder import patiently
 from pipelines import storage
 
 

@@ -11,7 +11,7 @@ from pipelines import storage
 
 
 class StoredRun:
-    """``runs/<name>/`` of a workspace, local or on an object store (``models.training.state.RunFolder``)."""
+    """``runs/<name>/`` of a workspace, local or on an object store (``models.training.run_folder.RunFolder``)."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder

@@ -12,9 +12,9 @@ from typing import Any
 from pyarrow.fs import PyFileSystem
 
 from jobs import worker
-from jobs.patience import patiently
 from jobs.run_folder import StoredRun
 from jobs.settings import PretrainJob
+from models.training.run_folder import patiently
 from pipelines import storage
 
 log = logging.getLogger("ingot")

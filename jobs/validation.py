@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from jobs import inputs
-from jobs.patience import PatientRun, patiently
+from jobs.patience import PatientRun
 from jobs.run_folder import StoredRun
 from jobs.settings import PretrainJob
 from models.attention import document_index
@@ -19,6 +19,7 @@ from models.loss import IGNORE, inputs_and_targets
 from models.parallel import parallelize
 from models.training.checkpoints import load_weights
 from models.training.ledger import LEDGER
+from models.training.run_folder import patiently
 from models.transformer import Transformer
 
 METRICS = "metrics/0-validation.jsonl"  # the first by name: the last one is where the workers write now

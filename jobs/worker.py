@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import inputs
 from jobs.interruptions import Interruptions
-from jobs.patience import PatientRun, patiently
+from jobs.patience import PatientRun
 from jobs.run_folder import StoredRun
 from jobs.settings import PretrainJob
 from jobs.sinks import sinks_of
 from models.training.metrics import MetricsWriter
+from models.training.run_folder import patiently
 from models.training.state import TrainingStoppedError
 
 if TYPE_CHECKING:

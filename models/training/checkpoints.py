@@ -8,6 +8,7 @@ a stream of its own while the next step computes; a thread writes it from there,
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
 import time
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -26,13 +28,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from models.training.state import RunFolder
+from models.training.run_folder import RunFolder
 
 log = logging.getLogger("ingot")
 
 RECEIPT = "checkpoint.json"
 
-_RETRY_AFTER = (2.0, 8.0, 30.0)  # seconds between attempts: storage that is away for half a minute is waited for
+_RETRY_AFTER = (2.0, 8.0, 30.0)  # seconds between attempts, on all ranks alike, so by count and not by the clock
 _WRITERS = 4  # threads of a rank
 _ALIGNMENT = 512  # bytes between the tensors of a snapshot
 
@@ -42,21 +44,6 @@ T = TypeVar("T")
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def persistently(action: Callable[[], T], what: str) -> T:
-    """``action()``, tried again for a while when storage fails.
-
-    Raises:
-        OSError: it failed to the end.
-    """
-    for seconds in _RETRY_AFTER:
-        try:
-            return action()
-        except OSError as error:
-            log.warning("%s: %s; trying again in %.0f s", what, error, seconds)
-            time.sleep(seconds)
-    return action()
 
 
 def save(
@@ -88,7 +75,7 @@ def load(
     """
     rank, world = rank_and_world()
     # Every rank reads the receipt, but one decides: storage may show a file to one and not yet to another.
-    receipt = _from_first(run.read_json(f"{folder}/{RECEIPT}") if rank == 0 else None, group)
+    receipt = _from_first(read_receipt(run, folder) if rank == 0 else None, group)
     if receipt is None:
         return None
     try:
@@ -122,9 +109,9 @@ def load_weights(run: RunFolder, folder: str, model: nn.Module) -> None:
         FileNotFoundError: the folder is not a finished checkpoint.
         ValueError: it was changed since it was written.
     """
-    receipt = run.read_json(f"{folder}/{RECEIPT}")
+    receipt = read_receipt(run, folder)
     if receipt is None:
-        raise FileNotFoundError(f"{run.uri(folder)}: not a finished checkpoint (it has no {RECEIPT})")
+        raise FileNotFoundError(f"{run.uri(folder)}: not a finished checkpoint (it has no intact {RECEIPT})")
     if _files(run, folder, 0, 1) != receipt["files"]:
         raise ValueError(f"{run.uri(folder)}: its files are not those that were written; take another checkpoint")
     weights = model.state_dict()
@@ -134,6 +121,22 @@ def load_weights(run: RunFolder, folder: str, model: nn.Module) -> None:
     except CheckpointException as error:
         raise ValueError(f"{run.uri(folder)}: cannot be put together: {error.failures}") from None
     model.load_state_dict(weights)
+
+
+def write_receipt(run: RunFolder, folder: str, receipt: dict[str, Any]) -> None:
+    """Make a folder a checkpoint. The receipt bears its own checksum: no other file could say what it has to be."""
+    run.write_json(f"{folder}/{RECEIPT}", {**receipt, "checksum": _checksum(receipt)})
+
+
+def read_receipt(run: RunFolder, folder: str) -> dict[str, Any] | None:
+    """What was given to ``write_receipt``; None when there is none, or when it is not as it was written."""
+    try:
+        receipt = run.read_json(f"{folder}/{RECEIPT}")
+    except ValueError:  # no JSON any more
+        return None
+    if not isinstance(receipt, dict) or receipt.pop("checksum", None) != _checksum(receipt):
+        return None
+    return receipt
 
 
 @dataclass(eq=False)
@@ -420,7 +423,7 @@ def _attempt(
     failed = next((f"rank {i}: {error}" for i, (error, _) in enumerate(shares) if error is not None), None)
     if failed is None and rank == 0:
         receipt = {**facts, "files": _merged([sums for _, sums in shares]), "world_size": world}
-        failed = _tried(lambda: run.write_json(f"{folder}/{RECEIPT}", receipt))
+        failed = _tried(lambda: write_receipt(run, folder, receipt))
     return _from_first(failed, group)
 
 
@@ -452,6 +455,10 @@ def _tried(action: Callable[[], Any]) -> str | None:
             cause = next(iter(error.failures.values()))[0]
         return f"{type(cause).__name__}: {cause}".splitlines()[0]
     return None
+
+
+def _checksum(receipt: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(receipt, sort_keys=True).encode())
 
 
 def _files(run: RunFolder, folder: str, part: int, of: int) -> dict[str, list]:

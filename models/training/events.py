@@ -7,8 +7,8 @@ import logging
 import time
 from typing import Any
 
-from models.training.checkpoints import persistently
-from models.training.state import RunFolder, TrainState
+from models.training.run_folder import RunFolder, patiently
+from models.training.state import TrainState
 
 log = logging.getLogger("ingot")
 
@@ -50,6 +50,5 @@ class Events:
             OSError: it failed to the end.
         """
         while self.lines:
-            line = self.lines[0]
-            persistently(lambda line=line: self.run.append_line(EVENTS, line), self.run.uri(EVENTS))
+            patiently(self.run.append_line, EVENTS, self.lines[0])
             del self.lines[0]

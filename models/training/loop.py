@@ -26,8 +26,8 @@ from models.training.checkpoints import rank_and_world
 from models.training.metrics import MetricsWriter, peak_flops
 from models.training.profile import Profiler
 from models.training.recovery import Recovery, Spike, number
+from models.training.run_folder import RunFolder
 from models.training.spikes import LAG, Limits, SpikeConfig
-from models.training.state import RunFolder
 from models.training.step import Issued, Outcome, Stepper
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from models.training.state import RunFolder
+from models.training.run_folder import RunFolder
 
 log = logging.getLogger("ingot")
 

@@ -8,7 +8,7 @@ import tempfile
 
 import torch
 
-from models.training.state import RunFolder
+from models.training.run_folder import RunFolder
 
 log = logging.getLogger("ingot")
 

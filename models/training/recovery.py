@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from models.training.checkpoints import Checkpointer, Written, persistently, rank_and_world
+from models.training.checkpoints import Checkpointer, Written, rank_and_world
 from models.training.events import Events
 from models.training.ledger import LEDGER, Entry, Ledger, Status
 from models.training.metrics import MetricsWriter
+from models.training.run_folder import RunFolder, patiently
 from models.training.spikes import SpikeDetector, Verdict
-from models.training.state import Losses, RunFolder, TrainingStoppedError, TrainState
+from models.training.state import Losses, TrainingStoppedError, TrainState
 
 if TYPE_CHECKING:
     from models.training.loop import LoopConfig
@@ -191,8 +192,7 @@ class Recovery:
 
     def _write_ledger(self) -> None:
         if self.rank == 0:
-            content = self.ledger.to_dict()
-            persistently(lambda: self.run.write_json(LEDGER, content), self.run.uri(LEDGER))
+            patiently(self.run.write_json, LEDGER, self.ledger.to_dict())
 
     # Start
 

@@ -1,9 +1,9 @@
-"""What a run must remember beside weights and optimizer, and the folder that it is kept in."""
+"""What a run must remember beside weights and optimizer."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,31 +13,6 @@ from models.loss import IGNORE
 
 class TrainingStoppedError(RuntimeError):
     """The run went back too often; the message says what it saw."""
-
-
-class RunFolder(Protocol):
-    """Where a run keeps its files: a local folder or an object store, handed in by whoever starts the loop."""
-
-    def uri(self, name: str) -> str:
-        """Full path or URI of a file or folder of the run."""
-
-    def read_json(self, name: str) -> Any | None:
-        """Content of a JSON file, None when it is not there."""
-
-    def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file whole or not at all."""
-
-    def write_text(self, name: str, text: str) -> None:
-        """Write a text file whole or not at all."""
-
-    def append_line(self, name: str, line: str) -> None:
-        """Add a line to a small text file."""
-
-    def delete(self, name: str) -> None:
-        """Delete a file or folder; nothing happens when it is not there."""
-
-    def checksums(self, folder: str, part: int, of: int) -> dict[str, list]:
-        """Size and hash of every ``of``-th file below ``folder`` from the ``part``-th on, by name."""
 
 
 @dataclass
