@@ -29,9 +29,10 @@ log = logging.getLogger("ingot")
 # What may change between two starts of a run without changing what it computes.
 _FREE = {
     "workspace", "name", "on_change", "workers", "min_workers", "resize_every_seconds", "start_timeout_seconds",
-    "device", "cpus_per_worker", "microbatch", "compile", "checkpoint_every", "keep_checkpoints", "clean_after",
-    "validate_every", "validation", "validation_gpus", "max_failures", "max_preemptions", "faults", "spikes",
-    "keep_every", "keep_best", "host_snapshots", "profile", "parallelism", "recompute", "track", "report_every",
+    "device", "cpus_per_worker", "gpus_per_worker", "microbatch", "compile", "checkpoint_every", "keep_checkpoints",
+    "clean_after", "validate_every", "validation", "validation_gpus", "max_failures", "max_preemptions", "faults",
+    "spikes", "keep_every", "keep_best", "host_snapshots", "profile", "parallelism", "recompute", "track",
+    "report_every",
 }  # fmt: skip
 
 

@@ -161,6 +161,8 @@ class PretrainJob(InWorkspace):
     """auto: GPUs when the cluster has one for each worker at the start. Say gpu when nodes scale up from zero."""
     cpus_per_worker: float = 1.0
     """CPU cores reserved for each worker."""
+    gpus_per_worker: float = 1.0
+    """GPUs reserved for each worker on GPUs: 1, or a part of one with a single worker, so that small runs share it."""
     compile: bool = False
     """Compile the model with torch.compile."""
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
@@ -235,6 +237,8 @@ class PretrainJob(InWorkspace):
             f"null, or from 1 to workers, {self.workers}",
         )
         require(self.report_every >= 0, "report_every", self.report_every, "at least 0")
+        whole = self.gpus_per_worker == 1 or (0 < self.gpus_per_worker < 1 and self.workers == 1)
+        require(whole, "gpus_per_worker", self.gpus_per_worker, "1, or with one worker also between 0 and 1")
         best = self.keep_best and self.validation == "beside"
         require(not best, "keep_best", self.keep_best, "false with validation beside training, whose losses come late")
         require(self.validation_gpus >= 0, "validation_gpus", self.validation_gpus, "at least 0")
@@ -322,20 +326,41 @@ class SearchDimension:
     """Largest value."""
     scale: Literal["linear", "log"] = "log"
     """How values between low and high are spread."""
+    step: float | None = None
+    """Only low, and what lies whole multiples of this above it up to high; null takes any value between them."""
+    when: dict[str, list[Any]] | None = None
+    """Drawn only where other dimensions, which stand before this one, have one of the values given, such as
+    `{optimizer.kind: [muon]}`; elsewhere the setting stays as it is."""
 
-    def check(self, name: str) -> None:
-        """Raise SettingsError unless there is either a list or a range for the setting ``name`` to draw from."""
+    def check(self, name: str, before: dict[str, SearchDimension]) -> None:
+        """Raise SettingsError unless the setting ``name`` has something to draw from, and what it hangs on is known.
+
+        Args:
+            name: dotted name of the setting.
+            before: the dimensions that stand before it.
+        """
         setting, range_given = f"space of {name}", self.low is not None or self.high is not None
+        for other, wanted in (self.when or {}).items():
+            choices = before[other].values if other in before else None
+            known = choices is not None and all(value in choices for value in wanted)
+            require(known, f"when in the {setting}", self.when, "values in the lists of dimensions before it")
         if self.values is not None:
             require(bool(self.values) and not range_given, setting, self, "either values, or low and high")
+            require(self.step is None, f"step in the {setting}", self.step, "null beside values")
             return
         in_order = self.low is not None and self.high is not None and self.low < self.high
         require(in_order, setting, self, "values, or low below high")
         require(self.scale == "linear" or self.low > 0, f"low in the {setting}", self.low, "above 0 on a log scale")
+        fits = self.step is None or 0 < self.step <= self.high - self.low
+        require(fits, f"step in the {setting}", self.step, "above 0 and at most high - low")
 
 
 # What the sweep decides for every trial.
 _SWEEPS_OWN = ("workspace", "name", "on_change", "steps", "validate_every", "checkpoint_every", "keep_checkpoints")
+
+# What may change in the middle of a run without making it another one, as PBT does it.
+_MID_RUN = ("optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.momentum", "optimizer.weight_decay",
+    "optimizer.grad_clip", "schedule.min_ratio", "schedule.decay", "schedule.decay_fraction", "z_loss")  # fmt: skip
 
 
 @dataclass
@@ -349,37 +374,80 @@ class TuneJob(InWorkspace):
     space: dict[str, SearchDimension] | None = None
     """Settings of `pretrain` by their dotted name, and what to try for each, such as
     `{optimizer.lr: {low: 1e-4, high: 1e-2}, seed: {values: [0, 1]}}`; null tries that range of learning rates."""
+    search: Literal["random", "tpe", "bohb"] = "random"
+    """Where new settings come from. tpe: Optuna's model of what the trials so far came to, however far they got. bohb:
+    the same model of the losses at the latest step that enough trials have reached, and every third trial at random."""
+    scheduler: Literal["asha", "median", "pbt", "none"] = "asha"
+    """asha stops all but the best part at each rung; median those worse than the median of the others; pbt stops none:
+    the worst part of the trials goes on from the weights of the best, with settings that differ a little."""
     trials: int = 8
-    """Settings that are tried."""
+    """Settings that are tried; more may be asked for later. With pbt, the size of the population."""
     concurrent_trials: int | None = None
-    """Trials at the same time; null as many as the resources allow."""
+    """Trials at the same time; null as many as the cluster has resources for, or can start nodes for. A part of a GPU
+    for each: `--pretrain.gpus_per_worker 0.25`."""
+    budget_hours: float | None = None
+    """GPU hours, without GPUs CPU core hours, after which no new trial starts; null for no limit."""
     comparisons: int = 4
-    """How often a trial validates and ASHA compares it with the others, evenly over its steps."""
+    """How often a trial validates and is compared with the others, evenly over its steps."""
     reduction_factor: int = 2
     """ASHA lets one trial in this many go on from rung to rung; rungs lie this factor of steps apart."""
+    transfer_to: ModelSettings | None = None
+    """A wider model of the same depth and kind of heads, such as `{preset: 124m}` for a `pretrain.model` of
+    `{preset: 124m, d_model: 192, n_heads: 3, n_kv_heads: 3, d_ff: 512}`: writes its recipe, target.yaml, too, whose
+    learning rate carries over (muP)."""
     seed: int = 0
     """Of the settings that are drawn."""
 
     def validate(self) -> None:
         """Raise SettingsError for what cannot work, before anything is started."""
         require(self.space != {}, "space", self.space, "at least one setting of pretrain, or null")
-        require(self.trials >= 1, "trials", self.trials, "at least 1")
-        require(
-            self.concurrent_trials is None or self.concurrent_trials >= 1,
-            "concurrent_trials",
-            self.concurrent_trials,
-            "at least 1, or null",
-        )
-        require(self.comparisons >= 1, "comparisons", self.comparisons, "at least 1")
+        for name in ("trials", "concurrent_trials", "comparisons"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        require(self.budget_hours is None or self.budget_hours > 0, "budget_hours", self.budget_hours, "above 0")
+        require(self.comparisons <= self.pretrain.steps, "comparisons", self.comparisons, "at most pretrain.steps")
         # Trials are compared as they report, which losses that come later would miss.
         measured = self.pretrain.validation
         require(measured == "within", "pretrain.validation", measured, "within, for trials to be compared by it")
         require(self.reduction_factor >= 2, "reduction_factor", self.reduction_factor, "at least 2")
+        if self.scheduler == "pbt":
+            require(self.search == "random", "search", self.search, "random with pbt, which searches by itself")
+            require(self.trials >= 2, "trials", self.trials, "at least 2 with pbt")
+        before: dict[str, SearchDimension] = {}
         for name, dimension in self.dimensions().items():
             require(name not in _SWEEPS_OWN, "space", name, f"none of {', '.join(_SWEEPS_OWN)}, which are the sweep's")
-            dimension.check(name)
+            movable = self.scheduler != "pbt" or name in _MID_RUN
+            require(movable, "space", name, f"with pbt one of {', '.join(_MID_RUN)}, which may change within a run")
+            dimension.check(name, before)
             for value in dimension.values or [dimension.low, dimension.high]:
                 checked(with_setting(self.pretrain, name, value))
+            before[name] = dimension
+        if self.transfer_to is not None:
+            shapes = [name for name in before if name.startswith("model.")]
+            require(not shapes, "space", shapes, "without the model's shape, which transfer_to widens")
+            self._check_transfer(self.transfer_to)
+
+    def _check_transfer(self, target: ModelSettings) -> None:
+        """Raise SettingsError unless what was tuned on ``pretrain.model`` serves ``target`` (`models.widths`)."""
+        # Vocabularies are the tokenizer's; any will do to compare shapes.
+        proxy, wide = (model.config(256, self.pretrain.length()) for model in (self.pretrain.model, target))
+        width, head = proxy.d_model, wide.head_dim
+        require(wide.d_model >= width, "transfer_to.d_model", wide.d_model, f"at least pretrain.model's {width}")
+        same = ("n_layers", "qk_norm", "tied_embeddings", "rope_theta")
+        keeps = all(getattr(proxy, name) == getattr(wide, name) for name in same) and width % head == 0
+        ratio = wide.d_model / width
+        # Rounding d_ff to a size that kernels like does no harm.
+        keeps = keeps and (proxy.n_heads, proxy.n_kv_heads) == (wide.n_heads / ratio, wide.n_kv_heads / ratio)
+        keeps = keeps and abs(proxy.d_ff * ratio / wide.d_ff - 1) < 0.05
+        shape = {name: getattr(wide, name) for name in same} | {"d_ff / d_model": round(wide.d_ff / wide.d_model, 3)}
+        groups = wide.n_heads // wide.n_kv_heads
+        require(
+            keeps,
+            "pretrain.model",
+            {name: getattr(proxy, name) for name in ("d_model", "n_heads", "n_kv_heads", "d_ff", *same)},
+            f"transfer_to's but for its width: d_model a multiple of {head * groups}, n_heads d_model / {head}, "
+            f"n_kv_heads n_heads / {groups}, and {shape}",
+        )
 
     def dimensions(self) -> dict[str, SearchDimension]:
         """The search space, settings by their dotted name."""

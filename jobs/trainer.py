@@ -175,4 +175,4 @@ def _trainer(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: boo
 
 
 def _worker_resources(settings: PretrainJob, on_gpu: bool) -> dict[str, float]:
-    return {"CPU": settings.cpus_per_worker, **({"GPU": 1} if on_gpu else {})}
+    return {"CPU": settings.cpus_per_worker, **({"GPU": settings.gpus_per_worker} if on_gpu else {})}

@@ -49,6 +49,8 @@ def train(given: dict[str, Any]) -> None:
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if settings.gpus_per_worker < 1:  # the others on this GPU have theirs
+            torch.cuda.set_per_process_memory_fraction(settings.gpus_per_worker, device)
     interruptions = Interruptions(rank, world)
 
     def before_step(step: int) -> None:

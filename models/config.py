@@ -181,6 +181,9 @@ class ScheduleConfig:
     """wsd only: how it falls; sqrt is 1 - sqrt(progress), which ended lowest in Hägele et al. 2024."""
     min_ratio: float = 0.1
     """Learning rate at the end, as a part of its peak."""
+    over_steps: int | None = None
+    """Steps over which it moves; null is all of the run's. A run that is to be gone on with from its end, such as a
+    stretch between two comparisons of a sweep, gives the length of the whole."""
 
     def validate(self) -> None:
         """Check the values.
@@ -193,3 +196,5 @@ class ScheduleConfig:
         _require(0 < self.decay_fraction <= 1, "schedule.decay_fraction", self.decay_fraction, "in (0, 1]")
         _require(self.decay in ("linear", "sqrt"), "schedule.decay", self.decay, "linear or sqrt")
         _require(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "in [0, 1]")
+        over = self.over_steps
+        _require(over is None or over >= 1, "schedule.over_steps", over, "at least 1, or null")

@@ -98,7 +98,11 @@ def load(
             raise OSError(f"{run.uri(folder)}: {causes[0]}") from None
         log.warning("%s: cannot be put together: %s", run.uri(folder), causes[:1])
         return None
+    # Betas, weight decay and so on are the settings': PBT goes on with others than the checkpoint was made with.
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
     return receipt
 
 
