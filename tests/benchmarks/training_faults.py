@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import random
 import signal
@@ -40,13 +39,10 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "cluster"))
 
 import numpy as np
-import yaml
-from training_bench import descendants, end_all, events_of, processes, token_record, weights
+from training_bench import descendants, end_all, events_of, processes, small_run, token_record, weights, write_recipe
 
 from jobs.run_folder import StoredRun
-from jobs.settings import Faults, ModelSettings, PretrainJob
-from models.config import OptimizerConfig, ScheduleConfig
-from models.training.spikes import SpikeConfig
+from jobs.settings import Faults, PretrainJob
 
 STEPS = 150
 POISON = (88, 94)
@@ -187,25 +183,15 @@ class Campaign:
 
     def settings(self, name: str, elastic: bool, poisoned: bool) -> PretrainJob:
         """Of a run of this campaign."""
-        return PretrainJob(
-            workspace=self.workspace,
-            name=name,
-            model=ModelSettings(d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=64),
+        return small_run(
+            self.workspace,
+            name,
             steps=STEPS,
-            global_batch=8,
-            sequence_length=32,
-            workers=2,
             min_workers=1 if elastic else None,
             resize_every_seconds=2,
             start_timeout_seconds=3 if elastic else 30,
-            device="cpu",
-            optimizer=OptimizerConfig(lr=2e-2),
-            schedule=ScheduleConfig(warmup_steps=5),
-            spikes=SpikeConfig(window=30, recent=6, min_history=8, patience=2, lead_in=1, skip_after=2),
             checkpoint_every=5,
-            clean_after=5,
             validate_every=STEPS,
-            validation_samples=4,
             max_failures=3,
             faults=Faults(slow_worker_seconds=0.08, poison_data_steps=POISON if poisoned else None),
         )
@@ -252,8 +238,7 @@ class Disturbed:
         self.folder = StoredRun(f"{settings.workspace}/runs/{settings.name}")
         self.recipe = f"{campaign.work}/{settings.name}.yaml"
         self.log = f"{campaign.work}/{settings.name}.log"
-        with open(self.recipe, "w") as out:
-            yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(settings))), out)
+        write_recipe(settings, self.recipe)
         self.starts, self.gave_up = 0, []
         self.start()
 

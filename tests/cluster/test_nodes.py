@@ -1,19 +1,17 @@
 """Nodes that come, are drained and die under a run, on a cluster of several raylets on this machine."""
 
-import dataclasses
-import json
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
-import yaml
-from training_bench import descendants, end_all, events_of, token_record, wait_until
+from training_bench import descendants, end_all, events_of, small_run, token_record, wait_until, write_recipe
 
 from jobs.run_folder import StoredRun, valid_steps
-from jobs.settings import Faults, ModelSettings, PretrainJob
-from models.config import OptimizerConfig, ScheduleConfig
+from jobs.settings import Faults
+from models.config import OptimizerConfig
+from models.training.spikes import SpikeConfig
 
 pytestmark = pytest.mark.cluster
 
@@ -53,27 +51,22 @@ def drain(cluster, node, seconds):
 
 
 def test_a_run_grows_shrinks_and_survives_a_dead_node_with_every_token_seen_once(token_workspace, cluster, tmp_path):
-    settings = PretrainJob(
-        workspace=token_workspace,
-        name="elastic",
-        model=ModelSettings(d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=64),
+    settings = small_run(
+        token_workspace,
+        "elastic",
         steps=STEPS,
         global_batch=7,  # no number of workers above 1 divides it
-        sequence_length=32,
-        workers=2,
         min_workers=1,
         resize_every_seconds=2,
         start_timeout_seconds=3,
-        device="cpu",
         optimizer=OptimizerConfig(lr=5e-3),
-        schedule=ScheduleConfig(warmup_steps=5),
+        spikes=SpikeConfig(),
         checkpoint_every=50,
         validate_every=STEPS,
-        validation_samples=4,
         max_failures=1,
         faults=Faults(slow_worker_seconds=0.3),
     )
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(settings)))))
+    write_recipe(settings, tmp_path / "recipe.yaml")
     run = StoredRun(f"{token_workspace}/runs/elastic")
     with open(tmp_path / "log", "w+") as log:
         driver = subprocess.Popen(

@@ -13,16 +13,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import yaml
-from training_bench import descendants, end_all, processes, token_record, wait_until, weights
+from training_bench import (
+    SPIKES,
+    descendants,
+    end_all,
+    processes,
+    small_run,
+    token_record,
+    wait_until,
+    weights,
+    write_recipe,
+)
 
 from jobs import pretrain as job
 from jobs import validation
 from jobs.cli import main
 from jobs.run_folder import StoredRun, valid_steps
-from jobs.settings import Faults, ModelSettings, PretrainJob, SettingsError
-from models.config import OptimizerConfig, ScheduleConfig
-from models.training.spikes import SpikeConfig
+from jobs.settings import Faults, SettingsError
+from models.config import OptimizerConfig
 from models.training.state import TrainingStoppedError
 from pipelines import storage
 from pipelines.documents import InputError
@@ -38,24 +46,9 @@ def workspace(token_workspace):
 
 
 def settings(workspace, name, **changes):
-    small = PretrainJob(
-        workspace=workspace,
-        name=name,
-        model=ModelSettings(d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=64),
-        steps=STEPS,
-        global_batch=8,
-        sequence_length=32,
-        workers=2,
-        device="cpu",
-        optimizer=OptimizerConfig(lr=2e-2),
-        schedule=ScheduleConfig(warmup_steps=5),
-        spikes=SpikeConfig(window=30, recent=6, min_history=8, patience=2, lead_in=1, skip_after=2, max_rollbacks=1),
-        checkpoint_every=10,
-        clean_after=5,
-        validate_every=30,
-        validation_samples=20,
-    )
-    return dataclasses.replace(small, **changes)
+    spikes = dataclasses.replace(SPIKES, max_rollbacks=1)
+    given = {"steps": STEPS, "spikes": spikes, "validate_every": 30, "validation_samples": 20, **changes}
+    return small_run(workspace, name, **given)
 
 
 def run_of(workspace, name):
@@ -113,7 +106,7 @@ def test_a_driver_killed_at_any_step_goes_on_bit_for_bit(workspace, undisturbed,
     """From a working directory, with a relative workspace, as on a command line."""
     folder = StoredRun(f"{workspace}/runs/killed")
     given = settings(os.path.basename(workspace), "killed", checkpoint_every=5)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(given)))))
+    write_recipe(given, tmp_path / "recipe.yaml")
     kill_after = random.Random(1).randrange(5, 50)
     with open(tmp_path / "log", "w+") as log:
         driver = subprocess.Popen(

@@ -1,5 +1,6 @@
-"""What the tests of training on a cluster share: a small workspace of tokens, and watching over processes."""
+"""What the tests of training on a cluster share: a small workspace of tokens, runs on it, watching over processes."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,9 +8,13 @@ import time
 
 import numpy as np
 import torch
+import yaml
 
 from jobs.inputs import reader
 from jobs.run_folder import StoredRun, valid_steps
+from jobs.settings import ModelSettings, PretrainJob
+from models.config import OptimizerConfig, ScheduleConfig
+from models.training.spikes import SpikeConfig
 from models.training.state import batch_hash
 from pipelines.documents import document_id, to_table
 from pipelines.stage import Output, Stage, Unit, run_stage
@@ -38,6 +43,33 @@ def make_tokens(root: str):
     train(f"{root}/tokenizer", corpus, manifest, TokenizerSettings(vocab_size=320, reserved_tokens=0))
     cut = TokenizeSettings(validation_share=0.1, block=64, shard_tokens=64 * 32)
     tokenize(f"{root}/tokens", corpus, manifest, f"{root}/tokenizer", cut)
+
+
+SPIKES = SpikeConfig(window=30, recent=6, min_history=8, patience=2, lead_in=1, skip_after=2)
+
+
+def small_run(workspace: str, name: str, **changes) -> PretrainJob:
+    """Settings of two CPU workers and a model that learns ``documents`` in some dozens of steps."""
+    small = {
+        "model": ModelSettings(d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=64),
+        "global_batch": 8,
+        "sequence_length": 32,
+        "workers": 2,
+        "device": "cpu",
+        "optimizer": OptimizerConfig(lr=2e-2),
+        "schedule": ScheduleConfig(warmup_steps=5),
+        "spikes": SPIKES,
+        "checkpoint_every": 10,
+        "clean_after": 5,
+        "validation_samples": 4,
+    }
+    return PretrainJob(workspace=workspace, name=name, **{**small, **changes})
+
+
+def write_recipe(settings: PretrainJob, path):
+    """The settings as the file that ``--config`` takes."""
+    with open(path, "w") as out:
+        yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(settings))), out)
 
 
 def token_record(settings, folder=None):
