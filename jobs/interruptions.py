@@ -86,7 +86,8 @@ class Interruptions:
 
     def saved(self, step: int) -> None:
         """Take note of a checkpoint that has become durable."""
-        if ASKED.from_step is not None and step >= ASKED.from_step:
+        # the run may have gone back since: what it saves next is the answer
+        if ASKED.from_step is not None and step >= min(ASKED.from_step, self.step + 1):
             ASKED.answered = True
 
     def over(self) -> None:

@@ -162,6 +162,7 @@ class Training:
         peak = peak_flops(device)
         self.peak_tokens_per_second = peak * self.world / flops_per_token if peak else None
         self.pending: deque[Pending] = deque()
+        self.asked: str | None = None  # why to save at once, until that is done
 
     def train(self) -> dict[str, float]:
         """Run from the newest usable checkpoint, or from the start, to ``config.steps``; returns the final losses.
@@ -176,11 +177,10 @@ class Training:
             stream = self._stream()
             while True:
                 ended = self.state.step == self.config.steps
-                reason = None
                 if not ended:
                     self._issue(stream)
-                    reason = self._interrupted()
-                due = ended or self._due() or reason is not None
+                    self.asked = self._interrupted() or self.asked
+                due = ended or self._due() or self.asked is not None
                 spike = self._read(behind=0 if due else LAG)
                 if spike is not None:
                     stream.close()
@@ -189,7 +189,7 @@ class Training:
                 elif ended:
                     break
                 elif due:
-                    self._housekeeping(reason)
+                    self._housekeeping()
             stream.close()
             return self._finish()
         finally:
@@ -210,7 +210,9 @@ class Training:
         if self.before_step is not None:
             self.before_step(state.step)
         self.profiler.before(state.step)
-        rate = learning_rate(state.step, config.steps, config.optimizer.lr, config.schedule)
+        rate = learning_rate(
+            state.step, config.schedule.over_steps or config.steps, config.optimizer.lr, config.schedule
+        )
         rate *= easing(state.step, self.recovery.ledger.rolled_back_to, config.spikes.ease, config.spikes.ease_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -307,11 +309,12 @@ class Training:
         often = (config.validate_every, config.checkpoint_every)
         return any(step % every == 0 for every in often) or self.profiler.ends_at(step)
 
-    def _housekeeping(self, interrupted: str | None) -> None:
+    def _housekeeping(self) -> None:
         """Validate and save when it is time, and save at once when the run is about to be interrupted."""
         config, step = self.config, self.state.step
         self.profiler.after(step)
-        # Not in the middle of outliers: such weights may be what is wrong, or about to be undone.
+        # Not in the middle of outliers: such weights may be what is wrong, or about to be undone. There are few of them
+        # in a row: losses come down, or the run goes back. What was asked for is done after the step that follows.
         sound = self.detector.in_a_row == 0
         if sound:
             self.recovery.mark_clean()
@@ -319,13 +322,13 @@ class Training:
             self._validate()
         if step < config.steps and step % config.checkpoint_every == 0 and sound:
             self.recovery.save()
-        if interrupted is not None:
+        if sound and self.asked is not None:
             began = time.perf_counter()
-            if sound:
-                self.recovery.save()
-                self.recovery.commit()
+            self.recovery.save()
+            self.recovery.commit()
             seconds = round(time.perf_counter() - began, 3)
-            self.events.add("interrupt", reason=interrupted, saved=self.recovery.saved(), seconds=seconds)
+            self.events.add("interrupt", reason=self.asked, saved=self.recovery.saved(), seconds=seconds)
+            self.asked = None
         self.events.tell()
         self.stepper.start_clock()  # what is done here is not the steps' own time
 

@@ -79,6 +79,18 @@ def test_a_resize_is_told_once_and_answered_by_a_checkpoint_of_that_step_or_a_la
     assert checkpoint_taken()
 
 
+def test_a_resize_is_answered_by_a_run_that_has_gone_back_since(bench):
+    interrupt = Interruptions(0, 1)
+    interrupt.step = 20
+    ask_for_checkpoint()
+    assert [reason for reason, _ in told(bench, interrupt, 5)] == ["resize"]
+    interrupt.saved(10)  # what it has gone back to
+    interrupt.step = 10
+    assert not checkpoint_taken()
+    interrupt.saved(11)
+    assert checkpoint_taken()
+
+
 def test_the_talk_keeps_its_pace_whatever_a_step_takes(bench, monkeypatch):
     for step in (0.001, 0.1, 30.0):
         talks = []

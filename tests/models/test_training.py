@@ -486,6 +486,29 @@ def test_an_announced_interruption_leaves_a_checkpoint_at_once(tmp_path):
     assert events.events("resume")[0]["from_step"] == 35
 
 
+@pytest.mark.parametrize(("poison", "saved_at"), [(range(43, 45), 46), (range(43, 47), 31)])
+def test_what_is_asked_for_amid_outliers_is_saved_as_soon_as_they_are_over(tmp_path, poison, saved_at):
+    """They pass, or the run goes back; it saves after the next step."""
+    reports = []
+    run = training(tmp_path / "run", poison=poison, reports=reports, checkpoint_every=30, interrupt_every=1)
+    asked = []
+
+    def interrupt():
+        if run.state.step != 44 or asked:
+            return None
+        asked.append(run.state.step)
+        return "resize"
+
+    run.interrupt = interrupt
+    run.train()
+    events = Folder(tmp_path / "run")
+    assert [event["step"] for event in events.events("outlier")] == [44, 45]
+    assert bool(events.events("rollback")) == (saved_at == 31)
+    (told,) = events.events("interrupt")
+    assert (told["step"], told["reason"], told["saved"]) == (saved_at, "resize", True)
+    assert f"checkpoints/step-{saved_at:08d}" in [pointer["folder"] for _, pointer in reports]
+
+
 def test_a_storage_that_fails_for_a_while_costs_nothing_but_checkpoints(tmp_path, monkeypatch):
     """Every write fails in the steps from 20 on to 40: the run goes on, and what it has to tell is told later."""
     monkeypatch.setattr("models.training.checkpoints._RETRY_AFTER", (0.01,))
