@@ -152,7 +152,7 @@ class PretrainJob(InWorkspace):
     """Ray Train workers; above 1 the model is sharded with FSDP2, or as `parallelism` says."""
     min_workers: int | None = None
     """Fewest workers that the run goes on with when nodes are lost; it grows again, up to `workers`, when nodes join.
-    null always waits for all."""
+    Of the numbers in between, it takes those that fit `parallelism`. null always waits for all."""
     resize_every_seconds: float = 60.0
     """How often a run that may grow looks whether it can; it saves before it does."""
     start_timeout_seconds: float = 30.0
@@ -308,6 +308,15 @@ class PretrainJob(InWorkspace):
     def fewest_workers(self) -> int:
         """Workers that the run needs at least."""
         return self.workers if self.min_workers is None else self.min_workers
+
+    def worker_counts(self) -> list[int]:
+        """Numbers of workers that the run can have, rising."""
+        config, counts = self.model.config(256, self.length()), []
+        for workers in range(self.fewest_workers(), self.workers + 1):
+            with contextlib.suppress(ValueError):
+                self.parallelism.check(workers, config, self.length())
+                counts.append(workers)
+        return counts
 
     def length(self) -> int:
         """Tokens in a sequence."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -142,11 +143,13 @@ def _trainer(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: boo
 
     from jobs import validation
     from jobs.controller import RunController
+    from jobs.elastic import ElasticTrainer
     from jobs.ray_storage import PatientStorage
 
     elastic = settings.min_workers is not None
     _, path = storage.filesystem(folder.folder)
-    return TorchTrainer(
+    make = functools.partial(ElasticTrainer, sizes=settings.worker_counts()) if elastic else TorchTrainer
+    return make(
         worker.train,
         train_loop_config={"settings": settings, "folder": folder.folder, "attempt": attempt},
         # Both backends on GPUs: object collectives and checkpoints' planning go over gloo.
