@@ -1,1 +1,1 @@
-"""The training loop and what it must remember: state, checkpoints, spike detection, metrics."""
+"""The training loop, and what lets it come back from anything: state, checkpoints, spike detection, metrics."""

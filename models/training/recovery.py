@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from models.training.checkpoints import Checkpointer, Written, rank_and_world
+from models.training.checkpoints import rank_and_world
 from models.training.events import Events
 from models.training.ledger import LEDGER, Entry, Ledger, Status
 from models.training.metrics import MetricsWriter
 from models.training.run_folder import RunFolder, patiently
+from models.training.snapshots import Checkpointer, Written
 from models.training.spikes import SpikeDetector, Verdict
 from models.training.state import Losses, TrainingStoppedError, TrainState
 
