@@ -1,6 +1,6 @@
 """A campaign of faults against pretraining: whatever is done to a run, it has to end as if nothing had been.
 
-    python -m tests.benchmarks.training_faults [--seeds 0 1 2] [--work FOLDER] [--list]
+    python -m tests.benchmarks.training_faults [--seeds 0 1 2] [--work FOLDER] [--patience SECONDS] [--list]
 
 Every seed is one run of two workers on a cluster of raylets on this machine, and a list of faults drawn with that seed:
 
@@ -50,7 +50,6 @@ SEEDS = range(11)
 ANYTIME = ("worker", "controller", "driver", "raylet", "drain", "machine", "torn", "full", "storage")
 KILLS = ("worker", "controller", "driver", "raylet", "machine", "torn", "rollback")
 PER_RUN = 5
-PATIENCE = 240.0  # seconds after which a run that makes no step counts as hanging
 
 
 class HangsError(AssertionError):
@@ -155,8 +154,8 @@ class Machines:
 class Campaign:
     """All runs share a workspace, whose ``runs`` lie on a small disk of their own where that can be had."""
 
-    def __init__(self, work: str) -> None:
-        self.work, self.workspace = work, f"{work}/project"
+    def __init__(self, work: str, patience: float) -> None:
+        self.work, self.workspace, self.patience = work, f"{work}/project", patience
         self.runs = f"{self.workspace}/runs"
         self.mounted = False
         self._make_tokens()
@@ -282,12 +281,13 @@ class Disturbed:
 
     def wait(self, condition, what: str) -> bool:
         """Until the condition holds: True; until the run has finished: False."""
-        deadline = time.monotonic() + PATIENCE
+        patience = self.campaign.patience
+        deadline = time.monotonic() + patience
         while not condition():
             if self.watch():
                 return False
             if time.monotonic() > deadline:
-                raise HangsError(f"hangs: {what} did not come in {PATIENCE:.0f} s, at step {self.step()}")
+                raise HangsError(f"hangs: {what} did not come in {patience:.0f} s, at step {self.step()}")
             time.sleep(0.05)
         return True
 
@@ -451,6 +451,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--work", help="folder for workspace and logs; default: a temporary one")
+    parser.add_argument(
+        "--patience", type=float, default=240.0, help="seconds without the awaited step after which a run hangs"
+    )
     parser.add_argument("--list", action="store_true", help="print the plans and end")
     args = parser.parse_args()
     mounts = may_mount()
@@ -467,7 +470,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         work = args.work or stack.enter_context(tempfile.TemporaryDirectory())
         os.makedirs(work, exist_ok=True)
-        campaign = Campaign(os.path.abspath(work))
+        campaign = Campaign(os.path.abspath(work), args.patience)
         stack.callback(campaign.close)
         inflicted, bad = 0, []
         for planned in plans:
