@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from jobs.shipping import is_here
-
 METADATA = {
     "aws": "http://169.254.169.254",
     "gcp": "http://metadata.google.internal",
@@ -110,12 +108,14 @@ def drain(notice: Notice) -> list[str]:
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
     from ray.core.generated.gcs_pb2 import GcsNodeInfo
+    from ray.util import get_node_ip_address
 
+    here = get_node_ip_address()  # by which `ray start` has named this machine
     cluster = GcsClient(address=canonicalize_bootstrap_address_or_die(None))
     nodes = [
         node.hex()
         for node, info in cluster.get_all_node_info().items()
-        if info.state == GcsNodeInfo.ALIVE and is_here(info.node_manager_address)
+        if info.state == GcsNodeInfo.ALIVE and info.node_manager_address == here
     ]
     for node in nodes:
         reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
@@ -166,6 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         "azure": lambda: azure_notice(metadata),
     }
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    import ray  # noqa: F401  now, rather than in the last seconds
+
     log.info("watching %s for the end of this machine", metadata)
     watch(looks[chosen.cloud], every=chosen.every)
     return 0
