@@ -26,6 +26,7 @@ JOBS = {
     "tokenize": ("TokenizeJob", "turn the corpus into packed token shards"),
     "pretrain": ("PretrainJob", "pretrain a transformer, recovering by itself"),
     "tune": ("TuneJob", "search training settings"),
+    "ladder": ("LadderJob", "predict a big run from small ones; also called `tune ladder`"),
     "evaluate": ("EvaluateJob", "score a trained run"),
     "generate": ("GenerateJob", "continue a text"),
     "export": ("ExportJob", "write a folder that transformers loads"),
@@ -45,7 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     top.add_argument("job", choices=[*JOBS, "submit"], metavar="JOB", help="what to do; see below")
     top.add_argument("settings", nargs=argparse.REMAINDER, help="settings of the job")
-    chosen = top.parse_args(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for at in (0, 1):  # also after submit
+        if words[at : at + 2] == ["tune", "ladder"]:
+            del words[at]
+    chosen = top.parse_args(words)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("ingot").setLevel(logging.INFO)
     from jobs.settings import SettingsError, checked
@@ -196,7 +201,7 @@ def job_section(recipe: Any, job: str) -> Any:
     if "workspace" in recipe:
         section.setdefault("workspace", recipe["workspace"])
     training = recipe.get("pretrain") or {}
-    if job == "tune" and training:
+    if job in ("tune", "ladder") and training:
         section.setdefault("pretrain", training)
     if job in ("evaluate", "generate", "export", "report") and "name" in training:
         section.setdefault("name", training["name"])

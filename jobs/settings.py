@@ -464,6 +464,47 @@ class TuneJob(InWorkspace):
 
 
 @dataclass
+class LadderJob(InWorkspace):
+    """Predict a big run from a ladder of small ones by a scaling law, and find the best size for a budget."""
+
+    name: str = "ladder"
+    """Name of the ladder; the same name goes on where it was, and takes the rungs that are there."""
+    pretrain: PretrainJob = field(default_factory=PretrainJob)
+    """The target, a run too big to try: what it would be told. The rungs are it in narrow and with fewer steps. Its
+    learning rate is that of width `model.base_width`, or, when null, of its own width; muP makes it the rungs' too."""
+    widths: list[int] | None = None
+    """d_model of the rungs; heads and feed-forward layers shrink in proportion. null: four sizes from a 32nd to a
+    quarter of the target's parameters."""
+    layers: list[int] | None = None
+    """Blocks of each of the `widths`; null: as many as the target has. Learning rates carry over between widths."""
+    tokens_per_parameter: list[float] = field(default_factory=lambda: [10.0, 20.0, 40.0])
+    """Each size is trained at each of these. With a single one the fit has to take it for compute-optimal."""
+    gpu_hours: float | None = None
+    """Budget to find the best size and tokens for: hours times GPUs (of a run on CPUs, times workers)."""
+    flops_per_second: float | None = None
+    """What a GPU does of the target's floating-point operations; null takes what the biggest rung did, though small
+    models use a GPU less well than big ones."""
+    concurrent: int | None = None
+    """Rungs at the same time; null as many as the resources allow."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is started."""
+        require(bool(self.name) and "/" not in self.name, "name", self.name, "a folder's name without a slash")
+        widths, layers = self.widths, self.layers
+        require(widths is None or min(widths, default=0) >= 1, "widths", widths, "numbers of at least 1, or null")
+        fits = layers is None or (widths is not None and len(layers) == len(widths) and min(layers) >= 1)
+        require(fits, "layers", layers, "null, or as many numbers of at least 1 as widths has")
+        ratios = self.tokens_per_parameter
+        positive = min(ratios, default=0) > 0 and len(set(ratios)) == len(ratios)
+        require(positive, "tokens_per_parameter", ratios, "different numbers above 0")
+        for name in ("gpu_hours", "flops_per_second"):
+            require(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        require(self.concurrent is None or self.concurrent >= 1, "concurrent", self.concurrent, "at least 1, or null")
+        ramp = self.pretrain.batch_ramp
+        require(not ramp, "pretrain.batch_ramp", ramp, "empty: rungs of different lengths would ramp differently")
+
+
+@dataclass
 class EvaluateJob(OfRun):
     """Score a trained run: validation loss and bits per byte, and multiple-choice questions."""
 
