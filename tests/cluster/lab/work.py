@@ -1,0 +1,65 @@
+"""The work that the laboratories give their clusters: a small corpus, its recipe, and submitting it."""
+
+import json
+import pydoc_data.topics
+import re
+
+import yaml
+from machines import SHARED
+
+from jobs.cli import parse
+
+WORKSPACE = f"{SHARED}/project"
+
+
+def write_recipe(lab, **pretrain):
+    """Put raw text where all machines reach it and write the recipe that takes it to a trained model."""
+    topics = [re.sub(r"^\*+\n|\n\*+$", "", text, flags=re.M) for text in pydoc_data.topics.topics.values()]
+    for part in range(2):
+        with open(f"{SHARED}/manual-{part}.jsonl", "w") as file:
+            for number, text in enumerate(topics[part::2]):
+                print(json.dumps({"text": text, "url": f"https://example.org/{part}/{number}"}), file=file)
+    recipe = {
+        "workspace": WORKSPACE,
+        "curate": {
+            "sources": [{"kind": "jsonl", "path": f"{SHARED}/manual-*.jsonl"}],
+            "gopher_quality": {"min_alphabetic_words": 0.6},
+        },
+        "tokenizer": {"vocab_size": 512},
+        "tokenize": {"validation_share": 0.1},
+        "pretrain": {
+            "name": "nano",
+            "model": {"preset": "nano", "n_layers": 2},
+            "workers": 2,
+            "cpus_per_worker": 2,  # all that a host has: one worker on each
+            "device": "cpu",
+            "sequence_length": 64,
+            "global_batch": 8,
+            "steps": 240,
+            "optimizer": {"lr": 4.0e-3},
+            "schedule": {"warmup_steps": 10},
+            "checkpoint_every": 25,
+            "clean_after": 10,
+            "validate_every": 240,
+            "validation_samples": 16,
+            "faults": {"slow_worker_seconds": 0.2},  # so that there is a mid-run on fast machines too
+            **pretrain,
+        },
+    }
+    path = lab.folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def pretraining(recipe):
+    """The recipe's settings of pretraining."""
+    return parse("pretrain", ["--config", str(recipe)])
+
+
+def submit(lab, job, recipe, *options):
+    """Submit a job of the recipe and follow it to its end; returns the exit status."""
+    done = lab.run("ingot", "submit", job, "--config", str(recipe), *options, log=f"{job}.log", check=False)
+    lab.tell(f"`ingot submit {job}` ended with {done.returncode}")
+    if done.returncode:
+        print(done.stdout[-6000:], flush=True)
+    return done.returncode
