@@ -21,6 +21,7 @@ import yaml
 
 JOBS = {
     "demo": ("DemoJob", "the whole flow on this machine in minutes"),
+    "flow": ("FlowJob", "all steps of a recipe, from curate to evaluate"),
     "curate": ("CurateJob", "read, filter and deduplicate documents"),
     "tokenizer": ("TokenizerJob", "train a byte-level BPE tokenizer"),
     "tokenize": ("TokenizeJob", "turn the corpus into packed token shards"),
@@ -33,18 +34,29 @@ JOBS = {
     "report": ("ReportJob", "draw a run as one HTML page"),
 }
 
+FLOW = ("curate", "tokenizer", "tokenize", "pretrain", "evaluate")  # the steps of the job flow
+
+# What is no job: modules with a command line of their own.
+COMMANDS = {
+    "submit": ("submit", "run any of them on a cluster"),
+    "jobs": ("submitted", "list, follow or stop what was submitted"),
+    "status": ("status", "what a cluster runs, how far it is, what it costs"),
+    "cluster": ("cluster", "check a cluster's YAML before anything is started"),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one job; returns the exit status: 0 done, 2 settings refused, 1 failed."""
     lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in JOBS.items())
+    commands = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
     top = argparse.ArgumentParser(
         prog="ingot",
         description="Raw text to a measured language model, each step a Ray job.",
-        epilog=f"jobs:\n{lines}\n  submit     run any of them on a cluster\n\n"
+        epilog=f"jobs:\n{lines}\n\nclusters:\n{commands}\n\n"
         "`ingot JOB --help` shows every setting, `ingot JOB --print_config` their values as a recipe.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("job", choices=[*JOBS, "submit"], metavar="JOB", help="what to do; see below")
+    top.add_argument("job", choices=[*JOBS, *COMMANDS], metavar="JOB", help="what to do; see below")
     top.add_argument("settings", nargs=argparse.REMAINDER, help="settings of the job")
     words = list(sys.argv[1:] if arguments is None else arguments)
     for at in (0, 1):  # also after submit
@@ -53,27 +65,36 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = top.parse_args(words)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("ingot").setLevel(logging.INFO)
-    from jobs.settings import SettingsError, checked
-    from models.training.state import TrainingStoppedError
-    from pipelines.documents import InputError
+    from jobs.settings import SettingsError
 
     try:
-        if chosen.job == "submit":
-            from jobs.submit import main as submit
-
-            return submit(chosen.settings)
-        settings = parse(chosen.job, chosen.settings)
-        checked(settings)
-        importlib.import_module(f"jobs.{chosen.job}").run(settings)
+        if chosen.job in COMMANDS:
+            return importlib.import_module(f"jobs.{COMMANDS[chosen.job][0]}").main(chosen.settings)
+        return _run(chosen.job, chosen.settings)
     except (SettingsError, FileNotFoundError) as error:
         print(f"ingot {chosen.job}: {error}", file=sys.stderr)
         return 2
-    except (InputError, TrainingStoppedError) as error:
-        print(f"ingot {chosen.job}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(f"ingot {chosen.job}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _run(job: str, arguments: list[str]) -> int:
+    """Run a job; returns the exit status, 1 for what it has to say itself why it failed."""
+    from jobs.settings import checked
+    from pipelines.documents import InputError
+
+    settings = parse(job, arguments)
+    checked(settings)
+    try:
+        importlib.import_module(f"jobs.{job}").run(settings)
+    except (InputError, RuntimeError) as error:
+        from models.training.state import TrainingStoppedError  # here, because it brings torch, which takes seconds
+
+        if not isinstance(error, (InputError, TrainingStoppedError)):
+            raise
+        print(f"ingot {job}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -191,8 +212,8 @@ def job_section(recipe: Any, job: str) -> Any:
     """What a recipe says to one job.
 
     A recipe whose keys are jobs, beside ``workspace``, is one for the whole flow: a job gets its own section, tune
-    trains what pretrain's section says unless its own says otherwise, and what uses a run takes the one that pretrain
-    names.
+    and ladder train what pretrain's section says unless their own says otherwise, flow gets the sections of its
+    steps, and what uses a run takes the one that pretrain names.
     Any other recipe holds the one job's settings.
     """
     if not isinstance(recipe, dict) or not set(recipe) & set(JOBS) or set(recipe) - set(JOBS) - {"workspace"}:
@@ -203,6 +224,8 @@ def job_section(recipe: Any, job: str) -> Any:
     training = recipe.get("pretrain") or {}
     if job in ("tune", "ladder") and training:
         section.setdefault("pretrain", training)
+    if job == "flow":
+        section |= {step: recipe[step] or {} for step in FLOW if step in recipe}
     if job in ("evaluate", "generate", "export", "report") and "name" in training:
         section.setdefault("name", training["name"])
     return section

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
+import sys
 import time
 from typing import Any
 
 from jobs.multiple_choice import answer, prompt_tokens, read_folder
+from jobs.placing import Write, place
 from jobs.settings import EvaluateJob, SettingsError
-from jobs.trained import Trained, load
+from jobs.trained import Trained, find, load
 from pipelines import storage
-from pipelines.stage import require_manifest
+from pipelines.stage import ingot_version, require_manifest
 
 log = logging.getLogger("ingot")
 
@@ -20,18 +23,61 @@ log = logging.getLogger("ingot")
 def run(settings: EvaluateJob) -> dict[str, Any]:
     """Score the run and write evals/NAME/results.json, with MMLU's single answers beside it; returns the results.
 
+    A checkpoint that was scored with the same settings is not scored again.
+
     Raises:
         SettingsError: a setting is out of range, or there is no such run.
         FileNotFoundError: the validation split or MMLU's files are not there.
     """
-    workspace = storage.absolute(settings.workspace)
-    folder = storage.join(workspace, "evals", settings.name)
+    # On a cluster it is done in another process, whose working directory is another.
+    settings = dataclasses.replace(settings, workspace=storage.absolute(settings.workspace))
+    if settings.mmlu is not None:  # read before a model is, so that a wrong path costs no time
+        settings.mmlu = storage.absolute(settings.mmlu)
+        list(read_folder(settings.mmlu, settings.few_shot, settings.limit))
+    made_of, before = _made_of(settings), _earlier(settings)
+    if before.get("made_of") == made_of:
+        log.info("evaluate: run %s is scored at step %d already, nothing to do", settings.name, before["step"])
+        return before
+    results = place(_score, settings, sys.stdout.write, settings.device, settings.cpus)
+    results["made_of"] = made_of
+    if "mmlu" not in results and before.get("step") == results["step"] and "mmlu" in before:
+        results["mmlu"] = before["mmlu"]  # of the same checkpoint: still true
+    folder = _folder(settings)
+    storage.write_json(storage.join(folder, "results.json"), results)
+    log.info("evaluate: results are in %s", folder)
+    return results
+
+
+def _folder(settings: EvaluateJob) -> str:
+    return storage.join(settings.workspace, "evals", settings.name)
+
+
+def _earlier(settings: EvaluateJob) -> dict[str, Any]:
+    uri = storage.join(_folder(settings), "results.json")
+    return storage.read_json(uri) if storage.exists(uri) else {}
+
+
+def _made_of(settings: EvaluateJob) -> dict[str, Any]:
+    """What the results follow from."""
+    entry = find(settings)[2]
+    measured = ("mmlu", "few_shot", "limit", "validation_samples")
+    tokens = require_manifest(storage.join(settings.workspace, "tokens/validation"), "tokenize")
+    return {
+        "checkpoint": [entry.step, entry.time],
+        "tokens": tokens["fingerprint"],
+        "settings": {name: getattr(settings, name) for name in measured},
+        "version": ingot_version(),
+    }
+
+
+def _score(settings: EvaluateJob, device: str, _: Write) -> dict[str, Any]:
+    """The results, measured on ``device``."""
     mmlu = None
-    if settings.mmlu is not None:  # read before the model is, so that a wrong path costs no time
-        mmlu = list(read_folder(storage.absolute(settings.mmlu), settings.few_shot, settings.limit))
-    trained = load(settings)
+    if settings.mmlu is not None:
+        mmlu = list(read_folder(settings.mmlu, settings.few_shot, settings.limit))
+    trained = load(settings, device)
     results: dict[str, Any] = {"name": settings.name, "step": trained.step, "time": time.time()}
-    results.update(validation(trained, workspace, settings.validation_samples, settings.batch))
+    results.update(validation(trained, settings.workspace, settings.validation_samples, settings.batch))
     log.info(
         "evaluate: run %s at step %d, validation loss %.4f, %.4f bits per byte",
         settings.name,
@@ -42,14 +88,7 @@ def run(settings: EvaluateJob) -> dict[str, Any]:
     if mmlu is not None:
         results["mmlu"], answers = _mmlu(trained, mmlu, settings)
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
-        storage.write_bytes(storage.join(folder, "mmlu.jsonl"), lines.encode())
-    else:
-        earlier = storage.join(folder, "results.json")
-        before = storage.read_json(earlier) if storage.exists(earlier) else {}
-        if before.get("step") == trained.step and "mmlu" in before:
-            results["mmlu"] = before["mmlu"]  # of the same checkpoint: still true
-    storage.write_json(storage.join(folder, "results.json"), results)
-    log.info("evaluate: results are in %s", folder)
+        storage.write_bytes(storage.join(_folder(settings), "mmlu.jsonl"), lines.encode())
     return results
 
 

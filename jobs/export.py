@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 
+from jobs.placing import Write, place
 from jobs.settings import ExportJob
-from jobs.trained import Trained, load
+from jobs.trained import Trained, find, load
 from pipelines import storage
 from pipelines.tokenizer import END_OF_TEXT, PAD
 
@@ -22,12 +25,19 @@ def run(settings: ExportJob) -> None:
     Raises:
         SettingsError: there is no such run or checkpoint.
     """
+    find(settings)  # before anything is asked of a cluster
+    # On a cluster it is done in another process, whose working directory is another.
+    output = settings.output and storage.absolute(settings.output)
+    settings = dataclasses.replace(settings, workspace=storage.absolute(settings.workspace), output=output)
+    place(_export, settings, sys.stdout.write)
+
+
+def _export(settings: ExportJob, device: str, _: Write) -> None:
     from models.hugging_face import save_pretrained
 
-    trained = load(settings, device="cpu")
+    trained = load(settings, device)
     tokenizer, config = trained.tokenizer, trained.model.config
     output = settings.output or storage.join(settings.workspace, "exports", settings.name)
-    output = storage.absolute(output)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(
             trained.model.state_dict(), config, folder, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import sys
 from collections.abc import Iterator
 
+from jobs.placing import Write, place
 from jobs.settings import GenerateJob, SettingsError
-from jobs.trained import Trained, load
+from jobs.trained import Trained, find, load
+from pipelines import storage
 
 
 def run(settings: GenerateJob) -> None:
@@ -16,13 +19,22 @@ def run(settings: GenerateJob) -> None:
     Raises:
         SettingsError: a setting is out of range, or there is no such run.
     """
-    trained = load(settings)
-    pieces = text(trained, settings)
-    sys.stdout.write(settings.prompt)
+    find(settings)  # before anything is asked of a cluster
+    settings = dataclasses.replace(settings, workspace=storage.absolute(settings.workspace))
+    place(_generate, settings, _print, settings.device, settings.cpus)
+
+
+def _print(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _generate(settings: GenerateJob, device: str, write: Write) -> None:
+    pieces = text(load(settings, device), settings)
+    write(settings.prompt)
     for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        write(piece)
+    write("\n")
 
 
 def text(trained: Trained, settings: GenerateJob) -> Iterator[str]:

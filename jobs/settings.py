@@ -51,6 +51,20 @@ class OfRun(InWorkspace):
 
 
 @dataclass
+class Placed(OfRun):
+    """What jobs share that run on one node, in a job on a cluster as a task of their own."""
+
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU when there is one. Say gpu on a cluster whose GPU nodes scale up from zero."""
+    cpus: float = 1.0
+    """CPU cores that are reserved for it on a cluster."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is loaded."""
+        require(self.cpus > 0, "cpus", self.cpus, "above 0")
+
+
+@dataclass
 class CurateJob(CurationSettings, InWorkspace):
     """Read, filter and deduplicate documents."""
 
@@ -505,7 +519,7 @@ class LadderJob(InWorkspace):
 
 
 @dataclass
-class EvaluateJob(OfRun):
+class EvaluateJob(Placed):
     """Score a trained run: validation loss and bits per byte, and multiple-choice questions."""
 
     mmlu: str | None = None
@@ -522,6 +536,7 @@ class EvaluateJob(OfRun):
 
     def validate(self) -> None:
         """Raise SettingsError for what cannot work, before anything is loaded."""
+        super().validate()
         require(self.few_shot >= 0, "few_shot", self.few_shot, "at least 0")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or null for all")
         require(self.validation_samples >= 1, "validation_samples", self.validation_samples, "at least 1")
@@ -529,7 +544,7 @@ class EvaluateJob(OfRun):
 
 
 @dataclass
-class GenerateJob(OfRun):
+class GenerateJob(Placed):
     """Continue a text with a trained run."""
 
     prompt: str = ""
@@ -545,6 +560,7 @@ class GenerateJob(OfRun):
 
     def validate(self) -> None:
         """Raise SettingsError for what cannot work, before anything is loaded."""
+        super().validate()
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
@@ -556,6 +572,30 @@ class ExportJob(OfRun):
 
     output: str | None = None
     """Folder to write; null is exports/NAME in the workspace."""
+
+
+@dataclass
+class FlowJob(InWorkspace):
+    """The whole flow of a recipe: curate, tokenizer, tokenize, pretrain, evaluate; goes on where it stopped."""
+
+    curate: CurationSettings = field(default_factory=CurationSettings)
+    """Sources, filters and deduplication."""
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    """The byte-level BPE tokenizer."""
+    tokenize: TokenizeSettings = field(default_factory=TokenizeSettings)
+    """Token shards."""
+    pretrain: PretrainJob = field(default_factory=PretrainJob)
+    """The training run; its workspace is the flow's."""
+    evaluate: EvaluateJob = field(default_factory=EvaluateJob)
+    """How the run is scored; its workspace is the flow's and its name pretrain's."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is started."""
+        for section in (self.pretrain, self.evaluate):
+            own = section.workspace in (InWorkspace.workspace, self.workspace)
+            require(own, "workspace of a step", section.workspace, f"that of the flow, {self.workspace}")
+        name = self.evaluate.name
+        require(name in (OfRun.name, self.pretrain.name), "evaluate.name", name, f"pretrain's, {self.pretrain.name}")
 
 
 @dataclass

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
+import io
 import os
-import shutil
 import socket
+import zipfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,30 +73,71 @@ class Paths:
             )
 
 
-def copy_program(folder: str) -> None:
-    """Copy the program into ``folder``: the checkout that this is run in, else the installed one that is running."""
-    here = os.getcwd()
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    if all(os.path.isfile(os.path.join(here, name, "__init__.py")) for name in PACKAGES):
-        root = here
+def program() -> dict[str, bytes]:
+    """The files of the program by their path: of the checkout that this is run in, else of the installed one."""
+    root = os.getcwd()
+    if not all(os.path.isfile(os.path.join(root, name, "__init__.py")) for name in PACKAGES):
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    files = {}
     for name in PACKAGES:
-        shutil.copytree(
-            os.path.join(root, name),
-            os.path.join(folder, name),
-            ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"),
-        )
-    if os.path.isfile(os.path.join(root, "pyproject.toml")):  # a checkout
-        shutil.copy(os.path.join(root, "pyproject.toml"), folder)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copytree(
-                os.path.join(root, "cluster"),
-                os.path.join(folder, "cluster"),
-                ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"),
-            )
+        for folder, folders, names in os.walk(os.path.join(root, name)):
+            folders[:] = [inner for inner in folders if inner != "__pycache__" and not inner.startswith(".")]
+            for file in names:
+                if not file.startswith(".") and not file.endswith(".pyc"):
+                    path = os.path.join(folder, file)
+                    files[os.path.relpath(path, root)] = _content(path)
+    if os.path.isfile(os.path.join(root, "pyproject.toml")):  # a checkout; says the version
+        files["pyproject.toml"] = _content(os.path.join(root, "pyproject.toml"))
+    return files
 
 
-def ship_arguments(job: str, arguments: list[str], folder: str, paths: Paths) -> list[str]:
+def _content(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def package(files: dict[str, bytes]) -> tuple[str, bytes]:
+    """A package for the cluster to unpack, named after its content: the same files always make the same one.
+
+    Args:
+        files: contents by path.
+
+    Returns:
+        The URI that Ray knows it by, and the package itself, a zip.
+    """
+    digest, packed = hashlib.sha256(), io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(files):
+            digest.update(f"{path}\0{len(files[path])}\0".encode() + files[path])
+            archive.writestr(zipfile.ZipInfo(path), files[path], zipfile.ZIP_DEFLATED)  # of 1980, not of now
+    return f"gcs://_ray_pkg_{digest.hexdigest()[:32]}.zip", packed.getvalue()
+
+
+def upload(address: str, headers: dict[str, str], uri: str, packed: bytes) -> int:
+    """Give the cluster a package unless it has it already; returns the bytes that were sent.
+
+    Raises:
+        OSError: the cluster is out of reach, or does not take it.
+    """
+    import requests
+
+    place = f"{address}/api/packages/{uri.replace('://', '/')}"
+    has_it = requests.get(place, headers=headers, timeout=60)
+    if has_it.status_code == 200:
+        return 0
+    taken = requests.put(place, data=packed, headers=headers, timeout=600)
+    taken.raise_for_status()
+    return len(packed)
+
+
+def ship_arguments(job: str, arguments: list[str], files: dict[str, bytes], paths: Paths) -> list[str]:
     """The job's arguments as the cluster needs them: recipes as shipped files, paths settled, no workspace.
+
+    Args:
+        job: that they are for.
+        arguments: as they were given here.
+        files: what is shipped; the recipes are added.
+        paths: what paths become.
 
     Raises:
         SettingsError: a recipe is not there, or names paths of this machine that the cluster cannot see.
@@ -117,8 +160,7 @@ def ship_arguments(job: str, arguments: list[str], folder: str, paths: Paths) ->
                 section = job_section(yaml.safe_load(file), job) or {}
             section.pop("workspace", None)
             recipe = f"recipe-{len(shipped)}.yaml"
-            with open(os.path.join(folder, recipe), "w", encoding="utf-8") as file:
-                yaml.safe_dump(paths.settle("", section), file, sort_keys=False)
+            files[recipe] = yaml.safe_dump(paths.settle("", section), sort_keys=False).encode()
             shipped += [name, recipe]
         else:
             settled = value

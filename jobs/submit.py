@@ -7,53 +7,50 @@ they mean here: on a cluster of this machine relative ones are made absolute, on
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
-import logging
 import os
+import re
 import secrets
 import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
-from urllib.parse import urlparse
 
-from jobs.settings import SettingsError
-from jobs.shipping import Paths, copy_program, is_here, ship_arguments
+from jobs.following import JobLostError, first_line, follow, stop
+from jobs.job_server import TOKEN_PLACES, Door, JobServer, add_door, job_server
+from jobs.settings import SettingsError, require
+from jobs.shipping import Paths, package, program, ship_arguments, upload
 
-REACH_SECONDS = 10
-QUIET_SECONDS = 60
 START_SECONDS = 60
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
-def _default_address() -> str:
-    return os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
-
-
 @dataclass
-class SubmitSettings:
+class SubmitSettings(Door):
     """Run a job on a Ray cluster."""
 
-    address: str = field(default_factory=_default_address)
-    """Where the cluster's dashboard answers; `ray dashboard CLUSTER.yaml` brings it to this machine."""
     wait: bool = True
     """Follow the log until the job ends and return its exit status."""
     stop_on_interrupt: bool = False
     """Ctrl-C stops the job; otherwise it only ends the following."""
     patience: float = 600.0
     """Seconds without a connection to the cluster after which following is given up; the job goes on."""
+    resubmit: int = 0
+    """How often to submit the job again when the cluster has lost it with its head; it goes on where it was."""
+    env: list[str] = field(default_factory=list)
+    """Names of environment variables that the job gets as they are here."""
+    runtime_env: str | None = None
+    """YAML file with more of Ray's runtime environment, such as `pip: [wandb]`."""
 
     def validate(self) -> None:
         """Raise SettingsError for what cannot work."""
-        address = self.address if "://" in self.address else f"http://{self.address}"
-        if urlparse(address).scheme not in ("http", "https") or not urlparse(address).hostname:
-            raise SettingsError(f"address is {self.address!r}; it has to be a URL such as http://127.0.0.1:8265")
-        if self.patience < 0:
-            raise SettingsError(f"patience is {self.patience}; it has to be at least 0 seconds")
+        super().validate()
+        require(self.patience >= 0, "patience", self.patience, "at least 0 seconds")
+        require(self.resubmit >= 0, "resubmit", self.resubmit, "at least 0")
+        require(self.wait or not self.resubmit, "resubmit", self.resubmit, "0 without waiting")
+        for name in self.env:
+            require(name in os.environ, "env", name, "the name of an environment variable that is set here")
 
 
 def main(arguments: list[str]) -> int:
@@ -63,25 +60,44 @@ def main(arguments: list[str]) -> int:
     default = SubmitSettings()
     parser = argparse.ArgumentParser(
         prog="ingot submit",
-        usage="ingot submit JOB [--address URL] [--no-wait] [--stop-on-interrupt] [--patience S] [settings of the job]",
+        usage="ingot submit JOB [--cluster FILE | --address URL] [options below] [settings of the job]",
         description="Run a job on a Ray cluster: ships this program and the recipe, follows the log, returns the job's "
         "exit status. `ingot JOB --help` shows the job's own settings, which follow here as they are.",
         epilog="A relative workspace is taken from here when the cluster runs on this machine; for any other give "
         "s3://…, gs://… or the absolute path of a file system that every node mounts. Token authentication: the token "
-        "of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token is sent unless RAY_AUTH_MODE is disabled.",
+        f"of {TOKEN_PLACES} is sent unless RAY_AUTH_MODE is disabled; with --cluster, the one that its file names.",
         allow_abbrev=False,
     )
     parser.add_argument("job", metavar="JOB", help=f"one of {', '.join(JOBS)}")
+    add_door(parser)
     parser.add_argument(
-        "--address", default=default.address, help="where the cluster's dashboard answers (default: %(default)s)"
+        "--env",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="an environment variable to pass on, by name, such as WANDB_API_KEY; may be given again. Whoever has the "
+        "cluster's token can read its value",
+    )
+    parser.add_argument(
+        "--runtime-env",
+        metavar="FILE",
+        help="YAML with more of Ray's runtime environment, such as `pip: [wandb]`",
     )
     parser.add_argument("--no-wait", dest="wait", action="store_false", help="return once the job is submitted")
     parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job")
     parser.add_argument(
         "--patience",
         type=float,
+        metavar="S",
         default=default.patience,
         help="seconds without a connection after which following is given up (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resubmit",
+        type=int,
+        metavar="N",
+        default=default.resubmit,
+        help="submit the job again, up to N times, when the cluster's head was lost and the job with it",
     )
     known, rest = parser.parse_known_args(arguments)
     settings = SubmitSettings(**{f.name: getattr(known, f.name) for f in fields(SubmitSettings)})
@@ -111,34 +127,72 @@ def run(settings: SubmitSettings, job: str, arguments: list[str]) -> int:
         raise SettingsError(f"there is no job {job!r}; there are {', '.join(cli.JOBS)}")
     job_settings = cli.parse(job, arguments)
     checked(job_settings)
-
-    address = (settings.address if "://" in settings.address else f"http://{settings.address}").rstrip("/")
-    headers = _token_headers()
-    with _ray_addresses_unset():
-        client = _connect(address, headers)
-        elsewhere = _nodes_elsewhere(address, headers)
-    paths = Paths(address, elsewhere)
-    workspace = paths.workspace(job_settings.workspace)
-    submission = f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    with tempfile.TemporaryDirectory(prefix="ingot-submit-") as folder:
-        copy_program(folder)
-        shipped = ship_arguments(job, arguments, folder, paths)
+    environment = _runtime_env(settings)
+    with job_server(settings) as server:
+        try:
+            elsewhere = server.nodes_elsewhere()
+        except ConnectionError as error:
+            raise SettingsError(f"the cluster does not tell its nodes: {error}") from None
+        paths = Paths(settings.cluster or server.address, elsewhere)
+        workspace = paths.workspace(job_settings.workspace)
+        files = program()
+        shipped = ship_arguments(job, arguments, files, paths)
         # On this machine the interpreter is known; elsewhere it is the one that the nodes' PATH finds.
         python = "python" if elsewhere else sys.executable
-        entrypoint = [python, "-m", "jobs", job, *shipped, "--workspace", workspace]
         request = {
-            "entrypoint": shlex.join(entrypoint),
-            "runtime_env": {"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+            "entrypoint": shlex.join([python, "-m", "jobs", job, *shipped, "--workspace", workspace]),
+            "runtime_env": environment,
             "metadata": {"ingot_job": job, "workspace": workspace},
         }
-        _hand_in(client, address, submission, request)
-    print(f"{submission}: submitted to {address}, workspace {workspace}", file=sys.stderr)
-    hint = _hint(address, submission, bool(headers))
-    if not settings.wait:
-        print(hint, file=sys.stderr)
-        return 0
+        for left in range(settings.resubmit, -1, -1):
+            submission = job_id(job, job_settings)
+            sent = _hand_in(server, submission, request, files)
+            uploaded = f"{sent / 1e3:,.0f} kB uploaded" if sent else "nothing to upload"
+            where = settings.cluster or server.address
+            print(f"{submission}: submitted to {where}, workspace {workspace}, {uploaded}", file=sys.stderr)
+            if not settings.wait:
+                print(_hint(settings, submission), file=sys.stderr)
+                return 0
+            status = _watch(settings, server, submission, left)
+            if status is not None:
+                return status
+    return 1
+
+
+def job_id(job: str, settings: Any) -> str:
+    """A submission id that says what it is: ``ingot-pretrain-base-20250131-184502-3fa9c1``."""
+    name = getattr(settings, "name", None) or getattr(getattr(settings, "pretrain", None), "name", "")
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
+    parts = ["ingot", job, plain, time.strftime("%Y%m%d-%H%M%S"), secrets.token_hex(3)]
+    return "-".join(part for part in parts if part)
+
+
+def _runtime_env(settings: SubmitSettings) -> dict[str, Any]:
+    """Ray's runtime environment of the job, without the program."""
+    import yaml
+
+    given: Any = {}
+    if settings.runtime_env is not None:
+        try:
+            with open(settings.runtime_env, encoding="utf-8") as file:
+                given = yaml.safe_load(file) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise SettingsError(f"runtime_env is {settings.runtime_env!r}, which cannot be read: {error}") from None
+        right = isinstance(given, dict) and "working_dir" not in given
+        require(right, "runtime_env", settings.runtime_env, "a file with a mapping without working_dir, the program")
+    passed = {name: os.environ[name] for name in settings.env}
+    return given | {"env_vars": {"PYTHONUNBUFFERED": "1", **(given.get("env_vars") or {}), **passed}}
+
+
+def _watch(settings: SubmitSettings, server: JobServer, submission: str, left: int) -> int | None:
+    """Follow a job; returns the exit status, None when it is to be submitted again, ``left`` times more at most."""
+    hint = _hint(settings, submission)
     try:
-        return _follow(client, submission, settings.patience)
+        return follow(server, submission, settings.patience)
+    except JobLostError as error:
+        again = "it is submitted again" if left else "submitted again, it goes on where it was"
+        print(f"{submission}: {error}; {again}", file=sys.stderr)
+        return None if left else 1
     except ConnectionError as error:
         print(f"{submission}: {error}; the job goes on\n{hint}", file=sys.stderr)
         return 1
@@ -147,214 +201,42 @@ def run(settings: SubmitSettings, job: str, arguments: list[str]) -> int:
             print(f"\n{submission}: goes on\n{hint}", file=sys.stderr)
             return INTERRUPTED
         print(f"\n{submission}: is being stopped", file=sys.stderr)
-        client.stop_job(submission)
-        for _ in range(60):
-            if client.get_job_status(submission).is_terminal():
-                break
-            time.sleep(0.5)
-        print(f"{submission}: {client.get_job_status(submission)}", file=sys.stderr)
+        print(f"{submission}: {stop(server, submission)}", file=sys.stderr)
         return INTERRUPTED
 
 
-def _hand_in(client: Any, address: str, submission: str, request: dict[str, Any]) -> None:
-    """Submit, waiting for a cluster that has just started: its job server answers before it can take a job.
+def _hand_in(server: JobServer, submission: str, request: dict[str, Any], files: dict[str, bytes]) -> int:
+    """Ship the program and submit, waiting for a cluster that has just started; returns the bytes that were sent.
+
+    A job server answers before it can take a job.
 
     Raises:
         SettingsError: the cluster does not take the job.
     """
+    uri, packed = package(files)
+    environment = request["runtime_env"] | {"working_dir": uri}
     deadline = time.monotonic() + START_SECONDS
+    sent = 0
     while True:
         try:
-            client.submit_job(submission_id=submission, **request)
+            sent += upload(server.address, server.headers, uri, packed)
+            server.client.submit_job(submission_id=submission, **request | {"runtime_env": environment})
         except (RuntimeError, OSError) as error:  # Ray's, and what requests raises for a broken connection
             with contextlib.suppress(RuntimeError, OSError):
-                client.get_job_info(submission)
-                return  # it arrived; only the answer was lost
+                server.client.get_job_info(submission)
+                return sent  # it arrived; only the answer was lost
             passing = isinstance(error, OSError) or "No available agent" in str(error)
             if not passing or time.monotonic() > deadline:
-                raise SettingsError(f"{address}: the cluster did not take the job: {_first_line(error)}") from None
+                raise SettingsError(
+                    f"{server.address}: the cluster did not take the job: {first_line(error)}"
+                ) from None
             time.sleep(2)
         else:
-            return
+            return sent
 
 
-def _token_headers() -> dict[str, str]:
-    """The header that token authentication asks for, from the places where Ray looks for the token."""
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        return {}
-    token = os.environ.get("RAY_AUTH_TOKEN", "")
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
-    if not token:
-        with contextlib.suppress(OSError), open(os.path.expanduser(path), encoding="utf-8") as file:
-            token = file.read()
-    return {"Authorization": f"Bearer {token.strip()}"} if token.strip() else {}
-
-
-@contextlib.contextmanager
-def _ray_addresses_unset() -> Iterator[None]:
-    """Ray's clients put these variables before the address they are given, an explicit ``--address`` included."""
-    kept = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
-    try:
-        yield
-    finally:
-        os.environ.update({name: value for name, value in kept.items() if value is not None})
-
-
-def _connect(address: str, headers: dict[str, str]) -> Any:
-    """A client of the job server, after one question that tells apart all that can be wrong with it.
-
-    Raises:
-        SettingsError: nothing answers, it is no Ray cluster, it refuses the token, or runs another version of Ray.
-    """
-    import ray
-    import requests
-    from ray.job_submission import JobSubmissionClient
-
-    deadline = time.monotonic() + REACH_SECONDS
-    answer = None
-    while answer is None:  # `ray start` returns some seconds before the dashboard answers
-        try:
-            answer = requests.get(
-                f"{address}/api/version", headers=headers, timeout=REACH_SECONDS, allow_redirects=False
-            )
-        except requests.exceptions.RequestException as error:
-            if time.monotonic() > deadline:
-                raise SettingsError(
-                    f"{address}: no Ray dashboard answers ({type(error).__name__}); start a cluster with "
-                    "`ray start --head`, or bring a remote one's dashboard here with `ray dashboard cluster/….yaml`"
-                ) from None
-            time.sleep(1)
-    if answer.status_code in (401, 403):
-        sent = "refuses the token that was sent" if headers else "asks for a token and none was found"
-        raise SettingsError(
-            f"{address}: the cluster {sent}; put the cluster's token (`ray get-auth-token` on its head) into "
-            "RAY_AUTH_TOKEN or ~/.ray/auth_token"
-        )
-    try:
-        version = answer.json()["ray_version"]
-    except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"{address}: something answers there (HTTP {answer.status_code}), but not Ray") from None
-    if version != ray.__version__:
-        raise SettingsError(
-            f"{address}: the cluster runs Ray {version} and this machine {ray.__version__}; install the same on both"
-        )
-    for module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # they tell of uploads and closed connections
-    return JobSubmissionClient(address, headers=dict(headers))
-
-
-def _nodes_elsewhere(address: str, headers: dict[str, str]) -> list[str]:
-    """Addresses of the cluster's nodes that are not this machine; a forwarded port looks local but is not."""
-    from ray.util.state import StateApiClient
-    from ray.util.state.common import ListApiOptions, StateResource
-
-    client = StateApiClient(address, headers={"Content-Type": "application/json", **headers})
-    nodes = client.list(StateResource.NODES, options=ListApiOptions(limit=1000), raise_on_missing_output=False)
-    return sorted({node.node_ip for node in nodes if node.state == "ALIVE" and not is_here(node.node_ip)})
-
-
-def _follow(client: Any, submission: str, patience: float) -> int:
-    """Print the log as it grows, over dropped connections, and return the exit status once the job has ended.
-
-    Raises:
-        ConnectionError: the cluster was out of reach for ``patience`` seconds.
-    """
-    import aiohttp
-
-    printer = _Printer()
-    last_seen = time.monotonic()
-    dropped = False
-    while True:
-        before = printer.characters
-        try:
-            asyncio.run(_print_log(client, submission, printer))
-            details = client.get_job_info(submission)
-            last_seen = time.monotonic()
-            if details.status.is_terminal():
-                break
-        except (RuntimeError, OSError, aiohttp.ClientError) as error:  # Ray's, requests' and the log stream's
-            if printer.characters > before:
-                last_seen = time.monotonic()
-            if not dropped:
-                print(f"{submission}: connection lost ({_first_line(error)}); trying again", file=sys.stderr)
-            dropped = True
-            if time.monotonic() - last_seen > patience:
-                raise ConnectionError(f"no connection for {patience:.0f} s") from None
-        time.sleep(1)
-    if dropped:
-        with contextlib.suppress(RuntimeError, OSError):
-            printer.restart()
-            printer.add(client.get_job_logs(submission))
-    print(f"{submission}: {details.status.value}", file=sys.stderr)
-    if details.status == "SUCCEEDED":
-        return 0
-    if details.message:
-        reason = _first_line(details.message).split(", last available logs")[0]  # they were printed as they came
-        print(f"{submission}: {reason}", file=sys.stderr)
-    code = details.driver_exit_code or 1
-    return code if 0 < code < 256 else 1
-
-
-class _Printer:
-    """Prints a log that is sent from its start again after each reconnection, every part once."""
-
-    def __init__(self) -> None:
-        self.characters = 0
-        self._skip = 0
-
-    def restart(self) -> None:
-        self._skip = self.characters
-
-    def add(self, text: str) -> None:
-        new = text[self._skip :]
-        self._skip -= len(text) - len(new)
-        self.characters += len(new)
-        print(new, end="", flush=True)
-
-
-async def _print_log(client: Any, submission: str, printer: _Printer) -> None:
-    """Print the log until the server ends it.
-
-    Raises:
-        ConnectionError: no word for long, and the server is out of reach or this machine has slept.
-    """
-    printer.restart()
-    stream = client.tail_job_logs(submission)
-    waiting = None
-    try:
-        while True:
-            waiting = waiting or asyncio.ensure_future(anext(stream))
-            asked = time.time()
-            done, _ = await asyncio.wait({waiting}, timeout=QUIET_SECONDS)
-            if not done:
-                # A connection can die without a word: a status that comes back says that this one has not, unless
-                # the machine slept meanwhile.
-                if time.time() - asked > 2 * QUIET_SECONDS:
-                    raise ConnectionError("this machine was asleep")
-                status = await asyncio.to_thread(client.get_job_status, submission)
-                if status.is_terminal():
-                    raise ConnectionError("the log did not end with the job")
-                continue
-            try:
-                printer.add(waiting.result())
-            except StopAsyncIteration:
-                return
-            waiting = None
-    finally:
-        if waiting is not None and not waiting.done():
-            waiting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await waiting
-        await stream.aclose()
-
-
-def _hint(address: str, submission: str, token: bool) -> str:
-    environment = "RAY_AUTH_MODE=token " if token else ""
+def _hint(door: Door, submission: str) -> str:
     return (
-        f"  follow: {environment}ray job logs --address {address} --follow {submission}\n"
-        f"  stop:   {environment}ray job stop --address {address} {submission}"
+        f"  follow: ingot jobs logs {submission} {door.option()}\n"
+        f"  stop:   ingot jobs stop {submission} {door.option()}"
     )
-
-
-def _first_line(text: object) -> str:
-    return (str(text).strip().splitlines() or [type(text).__name__])[0][:300]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.run_folder import StoredRun
 from jobs.settings import OfRun, SettingsError
@@ -53,11 +53,7 @@ def load(settings: OfRun, device: str | None = None) -> Trained:
     from models.transformer import Transformer
 
     workspace = storage.absolute(settings.workspace)
-    folder = StoredRun(storage.join(workspace, "runs", settings.name))
-    facts = folder.read_json("run.json")
-    if facts is None:
-        raise SettingsError(f"name is {settings.name!r}; there is no such run in {workspace}/runs")
-    entry = _checkpoint(folder, settings)
+    folder, facts, entry = find(settings)
     tokenizer = Tokenizer.load(storage.join(workspace, "tokenizer"))
     config = ModelConfig(**facts["model"])
     made = read_manifest(storage.join(workspace, "tokenizer"))
@@ -73,6 +69,20 @@ def load(settings: OfRun, device: str | None = None) -> Trained:
         raise SettingsError(f"step is {entry.step}; {error}") from None
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Trained(parallelize(model, None, where).eval(), tokenizer, entry.step, where)
+
+
+def find(settings: OfRun) -> tuple[StoredRun, dict[str, Any], Entry]:
+    """The run that the settings name: its folder, its run.json, and the checkpoint to take.
+
+    Raises:
+        SettingsError: there is no such run or checkpoint.
+    """
+    workspace = storage.absolute(settings.workspace)
+    folder = StoredRun(storage.join(workspace, "runs", settings.name))
+    facts = folder.read_json("run.json")
+    if facts is None:
+        raise SettingsError(f"name is {settings.name!r}; there is no such run in {workspace}/runs")
+    return folder, facts, _checkpoint(folder, settings)
 
 
 def _checkpoint(folder: StoredRun, settings: OfRun) -> Entry:
