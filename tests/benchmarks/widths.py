@@ -1,11 +1,11 @@
 """Whether the best learning rate carries over to wider models: final loss by width and learning rate.
 
-    python -m tests.benchmarks.widths [--device cuda] [--kind muon] [--widths 64 128 256] [--steps 150]
+    python -m tests.benchmarks.widths [--device cuda] [--kind muon] [--widths 64 128 256] [--picture F.svg]
 
 Trains small models, of 2 blocks with heads of 16, on the bytes of the standard library's source, once in the standard
-parametrization and once with base_width at the smallest width (`models.widths`). The learning rates are powers of two
-around that of `--lr`. Prints a table of losses in nats a byte, the mean of the last tenth of the steps, and where each
-row has its lowest. With muP the lowest should stay in its column.
+parametrization and once with base_width at the smallest width (`models.widths`). The learning rates lie `--factor`
+apart around that of `--lr`. Prints a table of losses in nats a byte, the mean of the last tenth of the steps, and where
+each row has its lowest. With muP the lowest should stay in its column.
 
 On a CPU, 80 steps, factors of 4 between learning rates: lowest at 0.031, 0.0078 and 0.0078 for widths 32, 64 and 128 in
 the standard parametrization (AdamW); at 0.031 for all three with base_width 32. Muon: at 0.031 in both, but in the
@@ -13,8 +13,11 @@ standard parametrization the rates on either side change places (0.0078 is as go
 they keep theirs, and losses there are 2.415, 2.338 and 2.293 against 2.415, 2.352 and 2.353.
 """
 
+from __future__ import annotations
+
 import argparse
 import glob
+import math
 import os
 import sysconfig
 import time
@@ -26,7 +29,6 @@ from models.optimizer import build_optimizer, grad_norm, learning_rate
 from models.transformer import Transformer
 
 LENGTH = 64
-BATCH = 8
 
 
 def source(files: int = 150) -> torch.Tensor:
@@ -36,16 +38,19 @@ def source(files: int = 150) -> torch.Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).long()
 
 
-def train(config: ModelConfig, optimizer_config: OptimizerConfig, steps: int, text: torch.Tensor, device: str) -> float:
+def train(
+    config: ModelConfig, optimizer_config: OptimizerConfig, steps: int, batch: int, text: torch.Tensor, device: str
+) -> float:
     """Mean loss of the last tenth of the steps, in nats a byte."""
+    text = text.to(device)
     model = Transformer(config, seed=0).to(device)
     optimizer = build_optimizer(model, optimizer_config)
     schedule = ScheduleConfig(warmup_steps=steps // 10)
     generator = torch.Generator().manual_seed(0)
     losses = []
     for step in range(steps):
-        starts = torch.randint(0, len(text) - LENGTH - 1, (BATCH, 1), generator=generator)
-        tokens = text[starts + torch.arange(LENGTH + 1)].to(device)
+        starts = torch.randint(0, len(text) - LENGTH - 1, (batch, 1), generator=generator)
+        tokens = text[(starts + torch.arange(LENGTH + 1)).to(device)]
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         norm = grad_norm(model)
@@ -67,13 +72,18 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=2**-7, help="the middle of the grid")
-    parser.add_argument("--around", type=int, default=2, help="learning rates on each side, a factor of 4 apart")
+    parser.add_argument("--around", type=int, default=2, help="learning rates on each side")
+    parser.add_argument("--factor", type=float, default=4.0, help="from one learning rate to the next")
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a step")
+    parser.add_argument("--picture", help="SVG file to draw")
     args = parser.parse_args()
     text = source()
-    rates = [args.lr * 4.0**i for i in range(-args.around, args.around + 1)]
+    rates = [args.lr * args.factor**i for i in range(-args.around, args.around + 1)]
+    tables = {}
     for base in (None, min(args.widths)):
         title = "standard parametrization" if base is None else f"base_width {base}"
         print(f"\n{args.kind}, {title}\n{'width':>7}" + "".join(f"{rate:>10.2g}" for rate in rates) + "    lowest at")
+        tables[title] = {}
         for width in args.widths:
             began = time.perf_counter()
             config = ModelConfig(
@@ -86,15 +96,46 @@ def main() -> None:
                 max_seq_len=LENGTH,
                 base_width=base,
             )
-            losses = [
-                train(config, OptimizerConfig(kind=args.kind, lr=rate), args.steps, text, args.device) for rate in rates
-            ]
-            best = rates[min(range(len(rates)), key=lambda i: losses[i])]
+            optimizers = [OptimizerConfig(kind=args.kind, lr=rate) for rate in rates]
+            losses = [train(config, optimizer, args.steps, args.batch, text, args.device) for optimizer in optimizers]
+            tables[title][width] = losses
             print(
-                f"{width:>7}" + "".join(f"{loss:>10.3f}" for loss in losses) + f"{best:>13.2g}"
+                f"{width:>7}" + "".join(f"{loss:>10.3f}" for loss in losses) + f"{rates[lowest(losses)]:>13.2g}"
                 f"   ({time.perf_counter() - began:.0f} s)",
                 flush=True,
             )
+        places = [lowest(losses) for losses in tables[title].values()]
+        print(f"lowest losses lie up to {max(places) - min(places)} learning rates apart")
+    if args.picture:
+        draw(args.picture, rates, tables)
+
+
+def lowest(losses: list[float]) -> int:
+    """Where the lowest loss is; what diverged is not a number."""
+    return min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+
+
+def draw(path: str, rates: list[float], tables: dict[str, dict[int, list[float]]]) -> None:
+    """Loss over learning rate, a curve for each width, with and without the transfer."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "ingot"  # the same picture each time
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(tables), figsize=(9, 3.6), sharey=True)
+    best = min(min(losses) for table in tables.values() for losses in table.values())
+    for axis, (title, table) in zip(axes, tables.items(), strict=True):
+        for shade, (width, losses) in enumerate(table.items()):
+            color = plt.get_cmap("viridis")(shade / max(1, len(table)))
+            axis.plot(rates, losses, color=color, label=f"width {width}")
+            axis.plot(rates[lowest(losses)], losses[lowest(losses)], "o", color=color)
+        axis.set(xscale="log", xlabel="learning rate", title=title, ylim=(best - 0.05, best + 1.2))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("loss (nats per byte)")
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
