@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import logging
 import os
 import sys
 import typing
@@ -18,6 +17,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
+
+from jobs import logs
 
 JOBS = {
     "demo": ("DemoJob", "the whole flow on this machine in minutes"),
@@ -63,8 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         if words[at : at + 2] == ["tune", "ladder"]:
             del words[at]
     chosen = top.parse_args(words)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("ingot").setLevel(logging.INFO)
+    logs.configure()
     from jobs.settings import SettingsError
 
     try:

@@ -7,6 +7,8 @@ import logging
 import os
 from collections.abc import Iterator
 
+from jobs import logs
+
 log = logging.getLogger("ingot")
 
 
@@ -27,14 +29,14 @@ def ray_session(cpus: int = 1, *, dashboard: bool = False) -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        ray.init(**logs.ray_arguments())
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         cores = max(os.cpu_count() or 1, cpus)
         log.info("ray: starts on this machine with %d cores", cores)
-        ray.init(address="local", num_cpus=cores, include_dashboard=dashboard, **quiet)
+        ray.init(address="local", num_cpus=cores, include_dashboard=dashboard, **logs.ray_arguments())
+    logs.after_ray_started()
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     try:

@@ -45,7 +45,7 @@ def sinks_of(settings: PretrainJob, folder: StoredRun) -> list[Sink]:
         SettingsError: ``track`` names what is not installed here.
     """
     check_installed(settings.track)
-    sinks: list[Sink] = [RayMetrics(settings.name)]
+    sinks: list[Sink] = [RayMetrics(settings.name, folder)]
     if storage.local_path(folder.folder):
         sinks.append(TensorBoard(folder.uri("tensorboard")))
     if "wandb" in settings.track:
@@ -92,18 +92,24 @@ class TensorBoard:
 class RayMetrics:
     """Gauges ``ingot_<quantity>`` with the tag ``run``, which Ray exports to Prometheus as ``ray_ingot_<quantity>``.
 
-    Ray's dashboard draws what Prometheus has; the node of the first worker offers it.
+    ``ingot_recoveries`` counts how often the run went back to a checkpoint, after spikes and after restarts. Ray's
+    dashboard draws what Prometheus has; the node of the first worker offers it. cluster/grafana has a dashboard.
     """
 
-    def __init__(self, run: str) -> None:
-        self.run = run
+    def __init__(self, run: str, folder: StoredRun) -> None:
+        self.run, self.folder = run, folder
+        self.recoveries: int | None = None
         self.gauges: dict[str, Any] = {}
 
     def write(self, row: dict[str, Any]) -> None:
         """Take a row."""
         from ray.util.metrics import Gauge
 
-        found = {"step": float(row["step"]), **quantities(row)}
+        if self.recoveries is None:  # those that workers before this one have seen
+            before = [old for old in self.folder.metrics() if old["time"] < row["time"]]
+            self.recoveries = sum("undone_after" in old for old in before)
+        self.recoveries += "undone_after" in row
+        found = {"step": float(row["step"]), "recoveries": float(self.recoveries), **quantities(row)}
         if "data_step" in row:
             found.setdefault("skipped", 0.0)  # a gauge keeps its value until told another
         for name, value in found.items():

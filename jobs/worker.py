@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jobs import inputs
+from jobs import inputs, logs
 from jobs.interruptions import Interruptions
 from jobs.patience import PatientRun
 from jobs.run_folder import StoredRun
@@ -44,6 +44,7 @@ def train(given: dict[str, Any]) -> None:
     folder = PatientRun(given["folder"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    logs.mark(run=settings.name, rank=rank)
     if rank == 0:
         folder.take_over()
     device = get_device()

@@ -1,11 +1,20 @@
-"""How far a stage is: documents, bytes, and the time that is left, in log lines a few seconds apart."""
+"""How far a stage is: documents, bytes, and the time that is left, in log lines a few seconds apart.
+
+Where Ray runs its dashboard has it too: gauges ``ingot_stage_<quantity>`` with the tag ``stage``, which Ray exports to
+Prometheus as ``ray_ingot_stage_<quantity>``; rates, such as documents per second, are Prometheus' to make.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 import time
+from typing import Any
 
 log = logging.getLogger("ingot")
+
+_SHOW_EVERY = 1.0  # seconds between two values of the gauges while units run
 
 
 class Progress:
@@ -27,6 +36,8 @@ class Progress:
         self.running: dict[str, tuple[int, int]] = {}
         self.finished: dict[str, tuple[int, int]] = {}
         self.started = self.last = time.monotonic()
+        self.shown = self.started
+        self._show(0, 0)
 
     def step(self, unit: str, documents: int, size: int, *, finished: bool) -> None:
         """A unit has read so many documents and bytes up to now, or in all."""
@@ -42,6 +53,9 @@ class Progress:
             told = "" if left is None else f", {_duration(left)} left"
             done = self.before + len(self.finished)
             log.info("%s: %d of %d units, %s%s", self.name, done, self.total, self._rate(now), told)
+        if now - self.shown >= _SHOW_EVERY or len(self.finished) == len(self.sizes):
+            self.shown = now
+            self._show(*self._seen())
 
     def seconds_left(self, now: float) -> float | None:
         """Seconds until all units are done, None before anything is, or while nothing tells how much there is."""
@@ -55,9 +69,22 @@ class Progress:
         read += sum(min(size, 0.95 * scale * self.sizes[unit]) for unit, (_, size) in self.running.items())
         return (now - self.started) * (total - read) / read if read else None
 
-    def _rate(self, now: float) -> str:
+    def _seen(self) -> tuple[int, int]:
+        """Documents and bytes up to now."""
         seen = [*self.finished.values(), *self.running.values()]
-        documents, size = sum(count for count, _ in seen), sum(size for _, size in seen)
+        return sum(count for count, _ in seen), sum(size for _, size in seen)
+
+    def _show(self, documents: int, size: int) -> None:
+        """Tell Ray's metrics."""
+        if (ray := sys.modules.get("ray")) is None or not ray.is_initialized():
+            return
+        done = self.before + len(self.finished)
+        found = {"documents": documents, "bytes": size, "units_done": done, "units": self.total}
+        for name, value in found.items():
+            _gauge(f"ingot_stage_{name}").set(value, tags={"stage": self.name})
+
+    def _rate(self, now: float) -> str:
+        documents, size = self._seen()
         seconds = max(now - self.started, 1e-9)
         return f"{documents:,} documents, {size / 1e6:,.1f} MB, {size / 1e6 / seconds:.2f} MB/s"
 
@@ -65,6 +92,14 @@ class Progress:
         """The stage is done."""
         now = time.monotonic()
         log.info("%s: done in %.1f s, %s; %s", self.name, now - self.started, summary, self._rate(now))
+
+
+@functools.cache
+def _gauge(name: str) -> Any:
+    from ray.util.metrics import Gauge
+
+    what = name.removeprefix("ingot_stage_").replace("_", " ")
+    return Gauge(name, description=f"{what} of a stage of the pipelines, since it was started", tag_keys=("stage",))
 
 
 def _duration(seconds: float) -> str:

@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 
-from jobs import ladder
+from jobs import ladder, logs
 from jobs.inputs import check_fits
 from jobs.pretrain import run as pretrain
 from jobs.scaling_law import fit_with_uncertainty
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--base-width", type=int, default=32, help="d_model that the learning rate is for")
     parser.add_argument("--gpu-hours", type=float, default=1.0)
     given = parser.parse_args()
+    logs.configure()
     gpu = given.device == "gpu"
     heads = given.target // given.head
     base = PretrainJob(

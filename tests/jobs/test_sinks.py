@@ -162,26 +162,28 @@ def test_a_service_that_does_not_answer_at_first_gets_the_rows_that_follow(run, 
 class Reporter:
     """Stands for the worker of rank 0."""
 
-    def write(self):
-        sink = sinks.RayMetrics("base")
+    def write(self, folder):
+        sink = sinks.RayMetrics("base", StoredRun(folder))
         for row in ROWS:
-            sink.write({**row, "loss": None if row["step"] == 2 and row.get("data_step") == 1 else row.get("loss")})
+            no_number = row["step"] == 2 and row.get("data_step") == 1
+            sink.write({**row, "time": 2.0, "loss": None if no_number else row.get("loss")})
 
 
-def test_rays_metrics_show_the_newest_numbers_with_the_name_of_the_run(ray_session):
+def test_rays_metrics_show_the_newest_numbers_with_the_name_of_the_run(ray_session, run):
     ray = ray_session
+    run.write_text("metrics/1.jsonl", '{"step": 0, "undone_after": 0, "time": 1.0}\n')  # of workers before these
     reporter = ray.remote(num_cpus=0)(Reporter).remote()
-    ray.get(reporter.write.remote())
+    ray.get(reporter.write.remote(run.folder))
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     deadline, found = time.monotonic() + 60, {}
-    while len(found) < 6 and time.monotonic() < deadline:  # Ray collects them every few seconds
+    while len(found) < 7 and time.monotonic() < deadline:  # Ray collects them every few seconds
         time.sleep(0.5)
         with urllib.request.urlopen(address) as page:
             lines = [line for line in page.read().decode().splitlines() if line.startswith("ray_ingot_")]
         found = {line.split("{")[0]: float(line.split()[-1]) for line in lines if 'run="base"' in line}
     assert found == {
         "ray_ingot_step": 2, "ray_ingot_data_step": 2, "ray_ingot_loss": 3.0, "ray_ingot_mfu": 0.5,
-        "ray_ingot_skipped": 0, "ray_ingot_validation_loss": 3.25,
+        "ray_ingot_skipped": 0, "ray_ingot_validation_loss": 3.25, "ray_ingot_recoveries": 2,
     }  # fmt: skip
     ray.kill(reporter)
