@@ -10,7 +10,17 @@ itself, under Ray Train, with checkpoints and real tokens, and the losses of fp8
 `tests.benchmarks.pretraining`. MFU is (6·N + 12·L·d·T) · tokens/s over 989.5 TFLOP/s. Medians; each configuration runs
 in a process of its own. With cold caches a configuration takes about a minute, most of it compilation.
 
-Measured on one H100 (80 GB, 3.0 TB/s copied; torch 2.11, CUDA 13.0, cuDNN 9.19), thousand tokens/s:
+Measured on one H200 (torch 2.11, CUDA 13.0, cuDNN 9.19; Ingot with FlashAttention-4), thousand tokens/s; loop is
+`tests.benchmarks.pretraining --parts loop` with steps of 2^19 real tokens under Ray Train:
+
+    shape  microbatch  plain        transformers  Ingot bf16    step          loop          fp8            step, fp8
+    1b     8           76.7-77.0    74.5-74.7     81.3 (1.056x) 81.0 (1.052x) 82.5 (1.071x) 115.1 (1.42x)  115.2 (1.42x)
+    124m   64          567.0        532.6         611.0 (1.078x) 594.7 (1.049x) 602.1 (1.062x)
+
+Of bf16, ratios to plain; of fp8, to Ingot's bf16. Without FlashAttention-4 step does 78.8 (1.024x) and 587.8 (1.037x).
+A microbatch of 16 at 1b: plain 77.0.
+
+On one H100 (80 GB, 3.0 TB/s copied):
 
     shape  microbatch  plain        Ingot bf16         + FlashAttention-4   Ingot fp8   + FlashAttention-4
     1b     8           74.4-75.3    76.5-77.3          78.7 (1.05x)         103.5       108.0 (1.37x bf16, 1.44x plain)
@@ -20,8 +30,9 @@ Measured on one H100 (80 GB, 3.0 TB/s copied; torch 2.11, CUDA 13.0, cuDNN 9.19)
 (The two figures of fp8 are from before its kernels were corrected, see below, which costs them 0.2 %.)
 
 The GPU is limited by its power when it is warm: the same product of 32768x2048x2048 ran at 785 and at 665 TFLOP/s a
-minute apart. Differences below 2 % need both sides run in turn. Of 12.9 us a token at 1b (bf16, cuDNN), matrix products
-take 8.4 (744 TFLOP/s), attention 2.7 and its helpers 0.2, everything else 1.5; of 1.8 us at 124m 1.1, 0.25 and 0.4.
+minute apart. Differences below 2 % need both sides run in turn. On the H200, us a token at 1b: matrix products 8.6 (725
+TFLOP/s; plain 8.5), attention 2.35 (plain 2.80, cuDNN), everything else 1.12 (plain 1.30); in fp8 4.5, 2.2 and 1.5. At
+124m 1.03, 0.25 and 0.33 (plain 1.05, 0.28 and 0.42). On the H100 everything else took 1.5, for its slower memory.
 
 What was tried, with what it did (us a token at 1b, microbatch 8, unless said otherwise):
 
