@@ -53,7 +53,11 @@ class StoredRun:
 
     def events(self) -> list[dict[str, Any]]:
         """The run's events in the order of their time; a line cut short by a crash is left out."""
-        return _lines(self.uri("events.jsonl"))
+        return self.lines("events.jsonl")
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """What stands in a file with a JSON object on each line; nothing when it is not there."""
+        return _lines(self.uri(name))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of all metrics files in the order of their time, undone steps included."""

@@ -1,67 +1,105 @@
-"""``ingot tune``: Ray Tune over training settings; each trial is a Ray Train run that ASHA may stop early.
+"""``ingot tune``: a search over training settings; each trial is a Ray Train run in the sweep's folder.
 
-ASHA: Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning".
+The sweep writes ``trials.jsonl`` as it goes and the page ``report.html``; at its end ``results.json``, the recipe
+``best.yaml``, and for a wider model ``target.yaml``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
 import json
 import logging
 import math
-import os
-from typing import Any
+import shutil
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from jobs.inputs import check_fits
+from jobs.lease import lease
 from jobs.pretrain import finished, pretrain, require_gpus
 from jobs.run_folder import StoredRun, valid_steps
 from jobs.session import ray_session
-from jobs.settings import PretrainJob, SearchDimension, SettingsError, TuneJob, with_setting
+from jobs.settings import PretrainJob, SettingsError, TuneJob, with_setting
+from jobs.sweep_report import draw_report
+from jobs.sweep_search import Plan
+from jobs.sweep_space import Settings, space_of
+from jobs.sweep_trials import METRIC, Trial, Trials
 from pipelines import storage
+
+if TYPE_CHECKING:
+    from jobs.sweep_runner import Objective, Task
 
 log = logging.getLogger("ingot")
 
-METRIC = "validation_loss"
+# What may change between two starts of a sweep: where it runs, how far it goes, and what its best is for.
+_FREE = ("workspace", "concurrent_trials", "trials", "budget_hours", "transfer_to")
 
 
 def run(settings: TuneJob) -> list[dict[str, Any]]:
     """Run the sweep, going on where it was; returns its table, best trial first.
 
     Raises:
+        SettingsError: the sweep of this name searched something else, or another command runs it.
         RuntimeError: no trial got as far as a validation.
     """
-    workspace, space = storage.absolute(settings.workspace), list(settings.dimensions())
-    folder = storage.join(workspace, "sweeps", settings.name)
-    base = dataclasses.replace(settings.pretrain, workspace=workspace)
+    settings = replace(settings, workspace=storage.absolute(settings.workspace))
+    base = replace(settings.pretrain, workspace=settings.workspace)
     manifest, _ = check_fits(base)
     every = max(base.steps // settings.comparisons, 1)
-    base = dataclasses.replace(base, validate_every=every, checkpoint_every=every, keep_checkpoints=1)
-    _remember(folder, settings, manifest["fingerprint"])
-    results = storage.join(folder, "results.json")
-    if storage.exists(results) and not (done := storage.read_json(results))["failed"]:
-        log.info("tune: sweep %s is done already, nothing to do", settings.name)
-        _tell(done["trials"], space, 0)
-        return done["trials"]
-    # Ray Train frees the cores of a trial that ASHA stopped by asking the dashboard whether its controller is gone.
-    with ray_session(math.ceil(base.workers * base.cpus_per_worker), dashboard=True) as only_this_machine:
-        if only_this_machine:
-            require_gpus(base)
-        tuner = _tuner(settings, base, folder, every)
-        log.info("tune: sweep %s, %d trials of %d steps", settings.name, settings.trials, base.steps)
-        errors = [str(result.error) for result in tuner.fit() if result.error is not None]
-    table = _table(folder, space)
-    if not table:
-        raise RuntimeError(f"{folder}: no trial got as far as a validation; the first error: {errors[:1]}")
-    storage.write_bytes(storage.join(folder, "best.yaml"), best_recipe(base, table[0]).encode())
-    storage.write_bytes(storage.join(folder, "sweep.svg"), picture(folder, table, space))
-    storage.write_json(results, {"space": space, "trials": table, "failed": len(errors)})  # last: it says all is done
-    _tell(table, space, len(errors))
-    log.info("tune: best settings in %s", storage.join(folder, "best.yaml"))
-    return table
+    base = replace(base, validate_every=every, checkpoint_every=every, keep_checkpoints=1, report_every=0)
+    return sweep(settings, TrainTrial(base, settings.workspace), manifest["fingerprint"])
+
+
+def sweep(settings: TuneJob, objective: Objective, tokens: str = "") -> list[dict[str, Any]]:
+    """``run`` with any objective.
+
+    Args:
+        settings: of the sweep; its workspace is an absolute path or a URI.
+        objective: what a trial does.
+        tokens: fingerprint of what it trains on.
+    """
+    folder = storage.join(settings.workspace, "sweeps", settings.name)
+    with lease(StoredRun(folder), settings.name):
+        _remember(folder, settings, tokens)
+        space, trials = space_of(settings.dimensions(), settings.pretrain), Trials(folder)
+        if storage.exists(storage.join(folder, "results.json")) and _over(Plan(settings, space, trials, 0.0)):
+            log.info("tune: sweep %s is done already, nothing to do", settings.name)
+        else:
+            base = settings.pretrain
+            # Ray Train frees the cores of a trial that was stopped by asking the dashboard if its controller is gone.
+            with ray_session(math.ceil(base.workers * base.cpus_per_worker), dashboard=True) as only_this_machine:
+                if only_this_machine:
+                    require_gpus(base)
+                from jobs.sweep_runner import Resources, run_trials  # imports Tune
+
+                room = Resources(base)
+                plan = Plan(settings, space, trials, room.share)
+                concurrent = settings.concurrent_trials or room.concurrent
+                ended = trials.count("finished", "stopped", "diverged")
+                facts = settings.name, settings.trials, base.steps, ended, concurrent
+                log.info("tune: sweep %s, %d trials of %d steps, %d ended before, %d at a time", *facts)
+
+                def draw(live: bool = True) -> None:
+                    draw_report(settings, space, trials, room.share, room.unit, live)
+
+                run_trials(settings, plan, folder, concurrent, objective, draw)
+                draw(live=False)
+                if plan.spent():
+                    log.warning("tune: the budget of %g %s hours is spent", settings.budget_hours, room.unit)
+            _write_results(settings, folder, trials)
+        table = rows(trials)
+        _tell(table, list(settings.dimensions()), trials)
+        return table
+
+
+def _over(plan: Plan) -> bool:
+    """Whether nothing is left to do; asked of a plan that is not to be run."""
+    if plan.interrupted or plan.failed:
+        return False
+    settings, states = plan.settings, [trial.state for trial in plan.trials.all.values()]
+    return len(states) >= settings.trials and "waiting" not in states
 
 
 def _remember(folder: str, settings: TuneJob, tokens: str) -> None:
@@ -72,8 +110,10 @@ def _remember(folder: str, settings: TuneJob, tokens: str) -> None:
     """
     uri = storage.join(folder, "sweep.json")
     now = {**json.loads(json.dumps(dataclasses.asdict(settings))), "tokens": tokens}
-    for free in ("workspace", "concurrent_trials"):
+    for free in _FREE:
         now.pop(free)
+    if settings.scheduler == "pbt":
+        now["trials"] = settings.trials  # a population is of one size
     if storage.exists(uri) and storage.read_json(uri) != now:
         raise SettingsError(
             f"the sweep {settings.name} in {folder} was started with other settings or tokens; choose another "
@@ -82,147 +122,176 @@ def _remember(folder: str, settings: TuneJob, tokens: str) -> None:
     storage.write_json(uri, now)
 
 
-def _tuner(settings: TuneJob, base: PretrainJob, folder: str, every: int) -> Any:
-    import ray
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search import BasicVariantGenerator
+@dataclass
+class TrainTrial:
+    """The objective of a sweep: a pretraining run.
 
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its table of the search settings says nothing new
-    need, kind = (base.workers, "GPU") if base.device == "gpu" else (base.workers * base.cpus_per_worker, "CPU")
-    concurrent = settings.concurrent_trials or max(int(ray.cluster_resources().get(kind, 0) // need), 1)
-    # The trial's own process only waits for its Ray Train workers, which reserve what they need: it takes no core.
-    trainable = tune.with_resources(tune.with_parameters(_trial, base=base, folder=folder), {"memory": 2**26})
-    if tune.Tuner.can_restore(storage.join(folder, "tune")):
-        log.info("tune: goes on with the sweep in %s", folder)
-        return tune.Tuner.restore(storage.join(folder, "tune"), trainable, resume_unfinished=True, restart_errored=True)
-    return tune.Tuner(
-        trainable,
-        param_space={name: _domain(base, name, dimension) for name, dimension in settings.dimensions().items()},
-        tune_config=tune.TuneConfig(
-            metric=METRIC,
-            mode="min",
-            num_samples=settings.trials,
-            search_alg=BasicVariantGenerator(random_state=settings.seed, max_concurrent=concurrent),
-            scheduler=ASHAScheduler(
-                time_attr="step", max_t=base.steps, grace_period=every, reduction_factor=settings.reduction_factor
-            ),
-        ),
-        run_config=tune.RunConfig(name="tune", storage_path=folder, verbose=0, callbacks=[_progress(base.steps)]),
-    )
+    Attributes:
+        base: what every trial trains.
+        workspace: of the sweep.
+    """
 
+    base: PretrainJob
+    workspace: str
 
-def _domain(base: PretrainJob, name: str, dimension: SearchDimension) -> Any:
-    from ray import tune
+    def __call__(self, task: Task) -> None:
+        """Train the task's steps; what an attempt before has come to is not trained again."""
+        from ray.tune.integration.ray_train import TuneReportCallback
 
-    if dimension.values is not None:
-        return tune.choice(dimension.values)
-    lowest = functools.reduce(getattr, name.split("."), with_setting(base, name, dimension.low))
-    if isinstance(lowest, int):
-        draw = tune.lograndint if dimension.scale == "log" else tune.randint
-        return draw(max(lowest, 1) if dimension.scale == "log" else lowest, round(dimension.high) + 1)
-    draw = tune.loguniform if dimension.scale == "log" else tune.uniform
-    return draw(dimension.low, dimension.high)
+        settings = _with(self.base, task.settings)
+        # The learning rate moves over the whole run, also where a trial trains it stretch by stretch.
+        schedule = replace(settings.schedule, over_steps=settings.schedule.over_steps or settings.steps)
+        if task.end < settings.steps or task.start:
+            settings = replace(settings, steps=task.end, schedule=schedule)
+        run = StoredRun(task.folder)
+        known = {step for step, _ in task.told}
+        for step, row in valid_steps(run.metrics(), METRIC).items():
+            # A killed sweep has not taken down the last that its trials told.
+            if step > task.start and step not in known:
+                task.report(step, row[METRIC])
+        if finished(run, settings.steps):
+            return
+        if task.origin is not None:
+            _go_on_from(StoredRun(task.origin), run, task.start)
+        if task.done_with is not None:
+            StoredRun(task.done_with).delete("checkpoints")
+        pretrain(
+            replace(settings, name=task.name),
+            folder_name=task.folder.removeprefix(self.workspace.rstrip("/") + "/"),
+            callbacks=[TuneReportCallback()],
+            watch=False,
+        )
 
 
-def _progress(steps: int) -> Any:
-    from ray.tune import Callback
+def _go_on_from(origin: StoredRun, run: StoredRun, step: int) -> None:
+    """Make the last checkpoint of a run the first of another one, which then goes on from it.
 
-    class Progress(Callback):
-        def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-            facts = trial.trial_id, result["step"], steps, result.get(METRIC, float("nan")), trial.config
-            log.info("tune: trial %s, step %d/%d, validation loss %.4f, %s", *facts)
+    Raises:
+        FileNotFoundError: the origin has no checkpoint of this step.
+    """
+    from models.training.ledger import LEDGER, Ledger
 
-        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            log.warning("tune: trial %s failed, the others go on; its log: %s", trial.trial_id, trial.local_path)
-
-    return Progress()
-
-
-def _trial(config: dict[str, Any], base: PretrainJob, folder: str) -> None:
-    """One trial: a pretraining run in the sweep's folder; started again after a kill, it goes on from its ledger."""
-    from ray import tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    settings = base
-    for name, value in config.items():
-        settings = with_setting(settings, name, value)
-    trial = tune.get_context().get_trial_id()
-    where = storage.join(folder, "trials", trial)
-    before = StoredRun(where)
-    for step, row in valid_steps(before.metrics(), METRIC).items():
-        # A killed sweep has forgotten the last that its trials told; ASHA compares the others with it.
-        tune.report({"step": step, METRIC: row[METRIC]})
-    if finished(before, settings.steps):
+    if run.read_json(LEDGER) is not None:
         return
-    storage.write_json(storage.join(where, "trial.json"), {"trial": trial, "config": config})
-    inside = where.removeprefix(base.workspace.rstrip("/") + "/")
-    pretrain(
-        dataclasses.replace(settings, name=trial), folder_name=inside, callbacks=[TuneReportCallback()], watch=False
-    )
+    ledger = Ledger.from_dict(origin.read_json(LEDGER))
+    entry = next((entry for entry in ledger.usable() if entry.step == step), None)
+    if entry is None:
+        raise FileNotFoundError(f"{origin.folder}: no usable checkpoint of step {step}")
+    source = origin.uri(entry.folder)
+    for file in storage.list_files(source, hidden=True):
+        target = storage.join(run.uri(entry.folder), file.uri[len(source) :])
+        with storage.open_input(file.uri) as whole, storage.open_output(target) as copy:
+            shutil.copyfileobj(whole, copy, 1 << 24)
+    # last: it says that the checkpoint is whole
+    run.write_json(LEDGER, Ledger([replace(entry, status="clean")], ledger.skips).to_dict())
 
 
-def _table(folder: str, space: list[str]) -> list[dict[str, Any]]:
-    """A row for every trial with its settings, last step and validation loss; the furthest and best first."""
-    trials = storage.join(folder, "trials")
-    names = sorted({file.uri.removeprefix(trials).strip("/").split("/")[0] for file in storage.list_files(trials)})
-    rows = []
-    for name in names:
-        stored = StoredRun(storage.join(trials, name))
-        losses = valid_steps(stored.metrics(), METRIC)
-        if losses:
-            last = max(losses)
-            config = stored.read_json("trial.json")["config"]
-            rows.append({"trial": name, **{k: config[k] for k in space}, "step": last, METRIC: losses[last][METRIC]})
-    return sorted(rows, key=lambda row: (-row["step"], row[METRIC]))
+def _with(base: PretrainJob, settings: Settings) -> PretrainJob:
+    for name, value in settings.items():
+        base = with_setting(base, name, value)
+    return base
 
 
-def _tell(table: list[dict[str, Any]], space: list[str], failed: int) -> None:
-    header = ["trial", *space, "step", METRIC]
-    lines = [header] + [
-        [f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in header] for row in table
+def rows(trials: Trials) -> list[dict[str, Any]]:
+    """The sweep's table: a row for every trial with its settings, last step and loss; the furthest and best first.
+
+    With PBT ``lineage`` tells for each exploitation the step, the trial that was copied, and the settings before.
+    """
+    ranked = trials.ranked()
+    table = []
+    for trial in [*ranked, *(other for other in trials.all.values() if other not in ranked)]:
+        row = {"trial": trial.name, **trial.settings, "step": trial.step, METRIC: None, "state": trial.state}
+        row |= {METRIC: trial.loss} if trial in ranked else {}
+        row |= {"hours": round(trial.seconds / 3600, 4)}
+        row |= {"error": trial.error} if trial.error else {}
+        if moves := lineage(trial):
+            row["lineage"] = moves
+        table.append(row)
+    return table
+
+
+def lineage(trial: Trial) -> list[dict[str, Any]]:
+    """Where a trial has taken weights and settings of another one."""
+    pairs = zip(trial.stretches, trial.stretches[1:], strict=False)
+    return [
+        {"step": now.start, "from": now.parent, "before": before.settings, "after": now.settings}
+        for before, now in pairs
+        if now.parent != trial.name
     ]
+
+
+def _write_results(settings: TuneJob, folder: str, trials: Trials) -> None:
+    """Recipes, and ``results.json`` at last.
+
+    Raises:
+        RuntimeError: no trial got as far as a validation.
+    """
+    ranked = trials.ranked()
+    if not ranked:
+        errors = [trial.error for trial in trials.all.values() if trial.error]
+        raise RuntimeError(f"{folder}: no trial got as far as a validation; the first error: {errors[:1]}")
+    storage.write_bytes(storage.join(folder, "best.yaml"), best_recipe(settings, ranked[0]).encode())
+    log.info("tune: best settings in %s", storage.join(folder, "best.yaml"))
+    if settings.transfer_to is not None:
+        storage.write_bytes(storage.join(folder, "target.yaml"), target_recipe(settings, ranked[0]).encode())
+        log.info("tune: the recipe for the wider model is %s", storage.join(folder, "target.yaml"))
+    results = {"space": list(settings.dimensions()), "trials": rows(trials), "failed": trials.count("failed")}
+    storage.write_json(storage.join(folder, "results.json"), results)
+
+
+def best_recipe(settings: TuneJob, best: Trial) -> str:
+    """A recipe for ``ingot pretrain --config``: the base settings with those of the best trial."""
+    recipe = replace(_with(settings.pretrain, best.settings), workspace=settings.workspace, name="best")
+    return _yaml(recipe, [f"Found by a sweep: validation loss {best.loss:.4f} after {best.step} steps.", *_moves(best)])
+
+
+def target_recipe(settings: TuneJob, best: Trial) -> str:
+    """A recipe for the wider model of ``transfer_to``, for which the learning rate of the best trial is right too."""
+    proxy = settings.pretrain.model
+    shape = proxy.config(256, settings.pretrain.length())
+    model = replace(settings.transfer_to, base_width=proxy.base_width or shape.d_model)
+    recipe = replace(_with(settings.pretrain, best.settings), model=model, name="target", workspace=settings.workspace)
+    head = [
+        f"Found by a sweep at width {shape.d_model}: validation loss {best.loss:.4f} after {best.step} steps.",
+        *_moves(best),
+        "model.base_width makes the learning rate serve this width too (muP). It does not know of other numbers of",
+        "steps, batches or depths: those stay as they were in the sweep.",
+    ]
+    return _yaml(recipe, head)
+
+
+def _moves(trial: Trial) -> list[str]:
+    if len(trial.stretches) == 1:
+        return []
+    told = "; ".join(f"from step {stretch.start} {_short(stretch.settings)}" for stretch in trial.stretches)
+    return [f"Its settings changed on the way (PBT): {told}."]
+
+
+def _short(settings: Settings) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _yaml(recipe: PretrainJob, head: list[str]) -> str:
+    plain = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return "".join(f"# {line}\n" for line in head) + yaml.safe_dump(plain, sort_keys=False)
+
+
+def _tell(table: list[dict[str, Any]], space: list[str], trials: Trials) -> None:
+    header = ["trial", *space, "step", METRIC, "state"]
+    if any("lineage" in row for row in table):
+        header.append("lineage")
+    lines = [header] + [[_cell(row.get(key)) for key in header] for row in table]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    if failed:
+    for trial in trials.all.values():
+        if trial.state == "failed":
+            print(f"trial {trial.name} failed: {trial.error}")
+    if failed := trials.count("failed"):
         print(f"{failed} trials failed; run the same command again to try them once more")
 
 
-def best_recipe(base: PretrainJob, best: dict[str, Any]) -> str:
-    """A recipe for ``ingot pretrain --config``: the base settings with the best trial's values."""
-    settings = base
-    for name, value in best.items():
-        if name not in ("trial", "step", METRIC):
-            settings = with_setting(settings, name, value)
-    plain = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(settings, name="best"))))
-    for every in ("validate_every", "checkpoint_every", "keep_checkpoints"):
-        plain[every] = getattr(PretrainJob(), every)  # the sweep's own rhythm is not part of what it found
-    head = f"# Found by a sweep: validation loss {best[METRIC]:.4f} after {best['step']} steps.\n"
-    return head + yaml.safe_dump(plain, sort_keys=False)
-
-
-def picture(folder: str, table: list[dict[str, Any]], space: list[str]) -> bytes:
-    """The trials' validation losses over steps, and their last one over each setting, as SVG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 1 + len(space), figsize=(5 * (1 + len(space)), 4), squeeze=False)
-    for row in table:
-        losses = valid_steps(StoredRun(storage.join(folder, "trials", row["trial"])).metrics(), METRIC)
-        axes[0][0].plot(list(losses), [v[METRIC] for v in losses.values()], marker="o", label=row["trial"][-5:])
-    axes[0][0].set(xlabel="step", ylabel="validation loss (nats)", title="trials")
-    for axis, name in zip(axes[0][1:], space, strict=True):
-        values = [row[name] for row in table]
-        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-        axis.scatter(values if numeric else [str(v) for v in values], [r[METRIC] for r in table], c="tab:orange")
-        if numeric and min(values) > 0 and max(values) / min(values) > 20:
-            axis.set_xscale("log")
-        axis.set(xlabel=name, ylabel="last validation loss", title=name)
-    figure.tight_layout()
-    out = io.BytesIO()
-    figure.savefig(out, format="svg")
-    plt.close(figure)
-    return out.getvalue()
+def _cell(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return ", ".join(f"{move['from']} at {move['step']}" for move in value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
