@@ -3,8 +3,9 @@
 JSON it is where the environment of the driver has ``RAY_LOGGING_CONFIG_ENCODING=JSON``, the variable that switches
 Ray's own lines: then every worker's have it too, wherever it runs, and what they say at INFO. Each object has
 ``asctime``, ``levelname`` and ``message``; from processes of a cluster ``job_id``, ``node_id`` and ``worker_id`` too;
-from training workers ``run`` and ``rank``. Workers' lines lie in ``logs/worker-*.err`` of Ray's session folder on their
-node, which is what log collectors follow.
+from training workers ``run`` and ``rank``. In Ray's session folder of each node (``/tmp/ray/session_latest/logs``) the
+lines of training workers lie in ``train/ray-train-app-*.log``, those of other tasks in ``worker-*.err``: what a log
+collector follows.
 """
 
 from __future__ import annotations
@@ -81,5 +82,5 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             told["exc_text"] = self.formatException(record.exc_info)
-        told |= {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+        told |= {name: value for name, value in record.__dict__.items() if not (name in _STANDARD or name[0] == "_")}
         return json.dumps(told, default=str)

@@ -94,32 +94,41 @@ class RayMetrics:
 
     ``ingot_recoveries`` counts how often the run went back to a checkpoint, after spikes and after restarts. Ray's
     dashboard draws what Prometheus has; the node of the first worker offers it. cluster/grafana has a dashboard.
+
+    Ray forgets a gauge that was not set for two of its intervals, 20 s, so all are set anew at each flush: a validation
+    loss is to stay until the next.
     """
 
     def __init__(self, run: str, folder: StoredRun) -> None:
         self.run, self.folder = run, folder
         self.recoveries: int | None = None
+        self.values: dict[str, float] = {}
         self.gauges: dict[str, Any] = {}
 
     def write(self, row: dict[str, Any]) -> None:
         """Take a row."""
-        from ray.util.metrics import Gauge
-
         if self.recoveries is None:  # those that workers before this one have seen
             before = [old for old in self.folder.metrics() if old["time"] < row["time"]]
             self.recoveries = sum("undone_after" in old for old in before)
         self.recoveries += "undone_after" in row
         found = {"step": float(row["step"]), "recoveries": float(self.recoveries), **quantities(row)}
         if "data_step" in row:
-            found.setdefault("skipped", 0.0)  # a gauge keeps its value until told another
-        for name, value in found.items():
+            found.setdefault("skipped", 0.0)
+        self.values |= found
+        self._set(found)
+
+    def _set(self, values: dict[str, float]) -> None:
+        from ray.util.metrics import Gauge
+
+        for name, value in values.items():
             if name not in self.gauges:
                 told = f"{name.replace('_', ' ')} of a pretraining run"
                 self.gauges[name] = Gauge(f"ingot_{name}", description=told, tag_keys=("run",))
             self.gauges[name].set(value, tags={"run": self.run})
 
     def flush(self) -> None:
-        """Ray collects gauges by itself."""
+        """Keep what there is."""
+        self._set(self.values)
 
     def close(self) -> None:
         """Gauges end with their process."""

@@ -1,7 +1,7 @@
 """How far a stage is: documents, bytes, and the time that is left, in log lines a few seconds apart.
 
-Where Ray runs its dashboard has it too: gauges ``ingot_stage_<quantity>`` with the tag ``stage``, which Ray exports to
-Prometheus as ``ray_ingot_stage_<quantity>``; rates, such as documents per second, are Prometheus' to make.
+Where Ray runs its dashboard has it too: counters ``ingot_stage_<quantity>`` with the tag ``stage``, which Ray exports
+to Prometheus as ``ray_ingot_stage_<quantity>_total``; rates, such as documents per second, are Prometheus' to make.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 log = logging.getLogger("ingot")
 
-_SHOW_EVERY = 1.0  # seconds between two values of the gauges while units run
+_SHOW_EVERY = 1.0  # seconds between two additions to the counters while units run
 
 
 class Progress:
@@ -36,8 +36,8 @@ class Progress:
         self.running: dict[str, tuple[int, int]] = {}
         self.finished: dict[str, tuple[int, int]] = {}
         self.started = self.last = time.monotonic()
-        self.shown = self.started
-        self._show(0, 0)
+        self.shown, self.counted = self.started, (0, 0, 0)
+        _count(name, units=self.total, units_done=done)
 
     def step(self, unit: str, documents: int, size: int, *, finished: bool) -> None:
         """A unit has read so many documents and bytes up to now, or in all."""
@@ -55,7 +55,7 @@ class Progress:
             log.info("%s: %d of %d units, %s%s", self.name, done, self.total, self._rate(now), told)
         if now - self.shown >= _SHOW_EVERY or len(self.finished) == len(self.sizes):
             self.shown = now
-            self._show(*self._seen())
+            self._show()
 
     def seconds_left(self, now: float) -> float | None:
         """Seconds until all units are done, None before anything is, or while nothing tells how much there is."""
@@ -74,14 +74,12 @@ class Progress:
         seen = [*self.finished.values(), *self.running.values()]
         return sum(count for count, _ in seen), sum(size for _, size in seen)
 
-    def _show(self, documents: int, size: int) -> None:
-        """Tell Ray's metrics."""
-        if (ray := sys.modules.get("ray")) is None or not ray.is_initialized():
-            return
-        done = self.before + len(self.finished)
-        found = {"documents": documents, "bytes": size, "units_done": done, "units": self.total}
-        for name, value in found.items():
-            _gauge(f"ingot_stage_{name}").set(value, tags={"stage": self.name})
+    def _show(self) -> None:
+        """Tell Ray's metrics what is new."""
+        before, now = self.counted, (*self._seen(), len(self.finished))
+        self.counted = tuple(map(max, before, now))  # what a lost worker has read is read again
+        documents, size, units = (now - then for now, then in zip(self.counted, before, strict=True))
+        _count(self.name, documents=documents, bytes=size, units_done=units)
 
     def _rate(self, now: float) -> str:
         documents, size = self._seen()
@@ -94,12 +92,21 @@ class Progress:
         log.info("%s: done in %.1f s, %s; %s", self.name, now - self.started, summary, self._rate(now))
 
 
-@functools.cache
-def _gauge(name: str) -> Any:
-    from ray.util.metrics import Gauge
+def _count(stage: str, **more: int) -> None:
+    """Add to the stage's counters, where there is a Ray to tell."""
+    if (ray := sys.modules.get("ray")) is None or not ray.is_initialized():
+        return
+    for name, value in more.items():
+        if value:
+            _counter(name).inc(value, tags={"stage": stage})
 
-    what = name.removeprefix("ingot_stage_").replace("_", " ")
-    return Gauge(name, description=f"{what} of a stage of the pipelines, since it was started", tag_keys=("stage",))
+
+@functools.cache
+def _counter(name: str) -> Any:
+    from ray.util.metrics import Counter
+
+    told = f"{name.replace('_', ' ')} of a stage of the pipelines"
+    return Counter(f"ingot_stage_{name}", description=told, tag_keys=("stage",))
 
 
 def _duration(seconds: float) -> str:

@@ -169,6 +169,26 @@ class Reporter:
             sink.write({**row, "time": 2.0, "loss": None if no_number else row.get("loss")})
 
 
+def test_rays_metrics_are_kept_from_being_forgotten(monkeypatch, run):
+    told = []
+
+    class Gauge:
+        def __init__(self, name, description, tag_keys):
+            self.name = name
+
+        def set(self, value, tags):
+            told.append((self.name, value, tags["run"]))
+
+    monkeypatch.setattr("ray.util.metrics.Gauge", Gauge)
+    sink = sinks.RayMetrics("base", run)
+    sink.write({"step": 1, "validation_loss": 3.25, "time": 1.0})
+    sink.write({"step": 2, "loss": 3.0, "time": 2.0})
+    told.clear()
+    sink.flush()
+    expected = {"step": 2.0, "recoveries": 0.0, "validation_loss": 3.25, "loss": 3.0}
+    assert told == [(f"ingot_{name}", value, "base") for name, value in expected.items()]
+
+
 def test_rays_metrics_show_the_newest_numbers_with_the_name_of_the_run(ray_session, run):
     ray = ray_session
     run.write_text("metrics/1.jsonl", '{"step": 0, "undone_after": 0, "time": 1.0}\n')  # of workers before these
