@@ -49,7 +49,8 @@ def number(value: float) -> str:
     if size and size < 0.001:
         return f"{value:.3g}".replace("e-0", "e-")
     for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e4)):
-        if size >= scale:
+        # what rounds to 1000 of a unit is 1 of the next
+        if size >= (scale if unit == "k" else 0.9995 * scale):
             return f"{value / (1e3 if unit == 'k' else scale):.3g}{unit}"
     return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from typing import Any
 
 import numpy as np
@@ -145,8 +146,10 @@ class Mixture:
             return f"The training split has {manifest['documents']:,} documents, too many to look all samples up here."
         settings = self._facts["settings"]
         length = settings.get("sequence_length") or self._facts["model"]["max_seq_len"]
+        # samples in a data step, as `PretrainJob.data_batch` has it
+        batch = math.gcd(settings["global_batch"], *(size for _, size in settings.get("batch_ramp") or ()))
         try:
-            self._batches = Batches(TokenShards(folder), length, settings["global_batch"], settings["seed"])
+            self._batches = Batches(TokenShards(folder), length, batch, settings["seed"])
         except (FileNotFoundError, ValueError) as error:
             return str(error)
         return None

@@ -72,6 +72,13 @@ def test_tokens_that_are_not_the_runs_are_not_counted(workspace, change):
     assert ("too many to look" if change == {"documents": 10**9} else "not in the workspace any more") in told
 
 
+def test_a_ramp_of_the_batch_counts_data_in_its_smallest_unit(workspace):
+    settings = {**FACTS["settings"], "global_batch": 8, "batch_ramp": [[0, 4], [10, 12]]}
+    ramped = Mixture(workspace, {**FACTS, "settings": settings})
+    valid = columns([0, 1, 2, 4, 6], many=[1, 1, 2, 2, 3])  # nine data steps of four samples
+    assert ramped.update(valid, []) == Mixture(workspace, FACTS).update(columns(range(9)), [])
+
+
 @pytest.mark.parametrize("skips", [[], [[0, 2]], [[3, 5], [9, 10], [20, 30]], [[40, 50]]])
 def test_data_steps_are_those_that_the_loop_takes(skips):
     state, rows = TrainState(skips=skips), []

@@ -285,6 +285,7 @@ def test_numbers_read_well():
     assert [number(v) for v in (0, 0.25, 950, 1234, 12_345, 9_100_000, 3e-7)] == [
         *("0", "0.25", "950", "1,234", "12.3k", "9.1M", "3e-7"),
     ]
+    assert [number(v) for v in (999_499, 999_999, -999_999, 999_999_999)] == ["999k", "1M", "-1M", "1G"]
     assert [byte_size(v) for v in (0, 812, 24_100_000)] == ["0 B", "812 B", "24.1 MB"]
     assert ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10]
     assert smooth(np.array([1.0, 2, 3, 4]), 3).tolist() == [1.5, 2, 3, 3.5]
