@@ -25,9 +25,9 @@ def part_of(x: Tensor, rank: int, world: int, group: str) -> Tensor:
     return _Part.apply(x, rank, world, group)
 
 
-def whole_of(x: Tensor, rank: int, world: int, group: str) -> Tensor:
-    """All rows, on every worker, of a tensor of which each has a part; the opposite of `part_of`."""
-    return _Whole.apply(x, rank, world, group)
+def whole_of(x: Tensor, rank: int, world: int, group: str, gradient_factor: float = 1.0) -> Tensor:
+    """All rows, on every worker, of a tensor of which each has a part; the gradient is the part's, times a factor."""
+    return _Whole.apply(x, rank, world, gradient_factor, group)
 
 
 def total_of(x: Tensor, group: str, gradient_factor: float = 1.0) -> Tensor:
@@ -42,7 +42,8 @@ class SplitLoss:
         loss: of one worker's tokens.
         group: workers that together have all tokens.
         split: the workers are given all tokens alike, and each is to take its part. Without it each is given a part.
-        gradient_factor: of the gradients; the size of the group where they are averaged over it later.
+        gradient_factor: of a sum's gradients; the size of the group where they are averaged over it later. Losses of
+            tokens that were given in parts are left to whoever makes them whole.
     """
 
     def __init__(
@@ -78,8 +79,13 @@ class SplitLoss:
         value, losses = self.loss(hidden, head, targets, reduction="sum", token_losses=True, **options)
         value = total_of(value, self.group, self.gradient_factor)
         if reduction == "mean":
-            value = value / _all_reduce((targets != IGNORE).sum(), self.group).clamp(min=1)
+            value = value / self._count(targets).clamp(min=1)
         return (value, self._whole(losses, tokens)) if token_losses else value
+
+    def _count(self, targets: Tensor) -> Tensor:
+        """Targets that count, of all workers: also of those that a loss within this one is split over."""
+        within = self.loss._count(targets) if isinstance(self.loss, SplitLoss) else (targets != IGNORE).sum()
+        return _all_reduce(within, self.group)
 
     def _whole(self, losses: Tensor, tokens: int) -> Tensor:
         return whole_of(losses, self.rank, self.world, self.group)[:tokens] if self.split else losses
@@ -126,13 +132,13 @@ class _Part(torch.autograd.Function):
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, rank: int, world: int, group: str) -> Tensor:
-        ctx.rank, ctx.world = rank, world
+    def forward(ctx, x: Tensor, rank: int, world: int, factor: float, group: str) -> Tensor:
+        ctx.rank, ctx.world, ctx.factor = rank, world, factor
         return _all_gather(x, world, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad.chunk(ctx.world)[ctx.rank], None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return grad.chunk(ctx.world)[ctx.rank] * ctx.factor, None, None, None, None
 
 
 class _Total(torch.autograd.Function):

@@ -43,7 +43,7 @@ def split_sequences(model: Transformer, mesh: Mesh) -> None:
         result = of_part(tokens[:, part], targets[:, part], start=rank * length, **options)
         value, *losses = result if isinstance(result, tuple) else (result,)
         # what there is for each token, (B, T / world), becomes that of whole sequences
-        whole = [whole_of(x.T, rank, world, group.group_name).T if x.ndim == 2 else x for x in (value, *losses)]
+        whole = [whole_of(x.T, rank, world, group.group_name, world).T if x.ndim == 2 else x for x in (value, *losses)]
         return tuple(whole) if losses else whole[0]
 
     model.forward = forward

@@ -68,7 +68,9 @@ def train(config, layout=None, **options):
             mine = microbatch.chunk(world)[rank]
             inputs, targets = mine[:, :-1], mine[:, 1:]
             documents = document_index(inputs, 0) if config.tied_embeddings else None
-            loss, by_token = model(inputs, targets, reduction="sum", token_losses=True, documents=documents)
+            reduction = ("none", "sum")[i]  # both give the loss of the whole step
+            loss, by_token = model(inputs, targets, reduction=reduction, token_losses=True, documents=documents)
+            loss = loss.sum()
             (loss * world / TOKENS).backward()
             total += loss.detach()
         norm = grad_norm(model)
@@ -82,6 +84,8 @@ def train(config, layout=None, **options):
         losses.append(total.item() / TOKENS)
     with torch.no_grad():
         after = model(inputs, targets, reduction="none")
+        mean = model(inputs, targets)
+    torch.testing.assert_close(mean, after.mean(), rtol=1e-5, atol=0)
     return losses, norms, torch.stack([by_token, after]), first, whole_weights(model)
 
 
