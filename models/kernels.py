@@ -95,7 +95,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        out = _swiglu_backward(gate_up.flatten(0, -2), grad.flatten(0, -2).contiguous())
+        out = _swiglu_backward(*(t.flatten(0, -2).contiguous() for t in (gate_up, grad)))
         return out.view_as(gate_up)
 
 

@@ -45,8 +45,9 @@ def with_kernels():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_model_with_kernels_equals_the_plain_one(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, "-m", "tests.models.test_kernels", str(tmp_path / "results.pt")]
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "tests.models.test_triton_kernels", str(tmp_path / "results.pt")]
     subprocess.run(command, env=environment, check=True)
     found = torch.load(tmp_path / "results.pt")
     for ours, (tied, n_kv_heads) in zip(found, ((False, 2), (True, 4)), strict=True):
