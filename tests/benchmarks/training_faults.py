@@ -112,7 +112,10 @@ class Machines:
         self.node = self.add()
 
     def add(self):
-        """One more node."""
+        """One more node; a machine that is busy with other things may need some attempts to start it."""
+        for _ in range(4):
+            with contextlib.suppress(Exception):  # Ray raises no other
+                return self.cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
         return self.cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
 
     def replace(self, sig: int | None) -> None:
@@ -225,6 +228,11 @@ class Campaign:
             return run.wrong(expected)
         except HangsError as error:
             return [str(error)]
+        except Exception as error:  # the other seeds are still worth their time
+            run.kill_driver()
+            self.machines.kill()
+            self.machines.start()
+            return [f"the campaign itself failed: {type(error).__name__}: {error}"]
         finally:
             run.kill_driver()
 
