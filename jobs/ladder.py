@@ -391,8 +391,8 @@ def recipe(base: PretrainJob, result: dict[str, Any]) -> str:
 
 
 def draw(fitted: Fitted, result: dict[str, Any], target: ModelConfig, length: int) -> str:
-    """Losses over compute with the law through them, and over size for the budget, as SVG."""
-    plots = [_compute_plot(fitted, result)]
+    """Losses over size with the law through them, and what it says for the budget, as SVG."""
+    plots = [_ladder_plot(fitted, result)]
     if "budget" in result:
         plots.append(_budget_plot(fitted, result["budget"], target, length))
     parts = [part for plot, label in plots for part in [*plot.svg(), *_powers(plot, label)]]
@@ -409,7 +409,7 @@ def _powers(plot: Plot, label: str) -> list[str]:
     out = [f'<text text-anchor="end" x="{plot.right}" y="{plot.bottom + 34:.0f}">{label}</text>']
     for value in inside:
         x = float(plot.px(math.log10(value)))
-        out.append(f'<text text-anchor="middle" x="{x:.1f}" y="{plot.bottom + 17:.0f}">{_size(value)}</text>')
+        out.append(f'<text text-anchor="middle" x="{x:.1f}" y="{plot.bottom + 17:.0f}">{number(value)}</text>')
     return out
 
 
@@ -417,49 +417,41 @@ def _what(run: dict[str, Any]) -> str:
     return f"{number(run['parameters'])} parameters, {number(run['tokens'])} tokens"
 
 
-def _size(value: float) -> str:
-    return f"{value:.0e}".replace("e+", "e") if value >= 1e13 else number(value)
-
-
-def _compute_plot(fitted: Fitted, result: dict[str, Any]) -> tuple[Plot, str]:
+def _ladder_plot(fitted: Fitted, result: dict[str, Any]) -> tuple[Plot, str]:
     rungs, target = result["rungs"], result["target"]
-    per_weight = statistics.median(r["flops"] / (r["parameters"] * r["tokens"]) for r in [*rungs, target])
-    ends = [math.log10(f([r["flops"] for r in [*rungs, target]])) for f in (min, max)]
-    x = np.linspace(ends[0] - 0.1, ends[1] + 0.2, 80)
+    sizes = [r["parameters"] for r in [*rungs, target]]
+    x = np.linspace(math.log10(min(sizes)) - 0.1, math.log10(max(sizes)) + 0.15, 80)
     ratio = target["tokens"] / target["parameters"]
-    n = np.sqrt(10**x / per_weight / ratio)
-    curves = np.array([law.loss(n, ratio * n) for law in fitted.draws])
+    curves = np.array([law.loss(10**x, ratio * 10**x) for law in fitted.draws])
     low, high = np.quantile(curves, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    lowest = min(low.min(), target["interval"][0], *(r["loss"] for r in rungs))
-    highest = max(high.max(), *(r["loss"] for r in rungs))
-    spare = 0.05 * (highest - lowest)
-    plot = Plot(
-        "Validation loss (nats) over training compute",
-        (x[0], x[-1]),
-        (lowest - spare, highest + spare),
-        60,
-        940,
-        30,
-        285,
-    )
-    plot.band(x, low, high, "train")
-    plot.line(x, fitted.law.loss(n, ratio * n), "train")
-    for other in sorted({round(r["tokens"] / r["parameters"], 1) for r in rungs}):
-        if abs(other / ratio - 1) > 0.1:
-            n = np.sqrt(10**x / per_weight / other)
-            plot.line(x, fitted.law.loss(n, other * n), "undone")
+    others = {float(f"{r['tokens'] / r['parameters']:.2g}") for r in rungs}
+    lines = [(ratio, "train"), *((other, "undone") for other in others if abs(other / ratio - 1) > 0.1)]
+    last = {each: float(fitted.law.loss(10 ** x[-1], each * 10 ** x[-1])) for each, _ in lines}
+    losses = [*(r["loss"] for r in rungs), *target["interval"], *last.values()]
+    spare = 0.08 * (max(losses) - min(losses))
+    ends = min(losses) - spare, max(losses) + spare
+    plot = Plot("Validation loss (nats) over parameters", (x[0], x[-1]), ends, 60, 830, 30, 285)
+    shown = low <= ends[1]
+    plot.band(x[shown], low[shown], high[shown], "train")
+    for each, css in lines:
+        loss = fitted.law.loss(10**x, each * 10**x)
+        plot.line(x, np.where(loss <= ends[1], loss, np.nan), css)
+    edge = sorted((float(plot.py(loss)), each) for each, loss in last.items())
+    below = 0.0
+    for y, each in edge:
+        below = max(y, below + 14)  # names must not overlap
+        plot.parts.append(f'<text x="838" y="{below + 4:.1f}">{each:.3g} tokens each</text>')
     notes = [
-        f"{r['name']}: {_what(r)}, {r['loss']:.4f}; "
-        f"the law says {float(fitted.law.loss(r['parameters'], r['tokens'])):.4f}"
+        f"{r['name']}: {_what(r)}: {r['loss']:.4f}; the law: {fitted.law.loss(r['parameters'], r['tokens']):.4f}"
         for r in rungs
     ]
-    plot.dots(np.log10([r["flops"] for r in rungs]), np.array([r["loss"] for r in rungs]), "validation", notes)
-    at = math.log10(target["flops"])
+    plot.dots(np.log10([r["parameters"] for r in rungs]), np.array([r["loss"] for r in rungs]), "validation", notes)
+    at = math.log10(target["parameters"])
     plot.line(np.array([at, at]), np.array(target["interval"]), "restart")
     told = f"target: {_what(target)}, predicted {target['loss']:.4f}"
     plot.dots(np.array([at]), np.array([target["loss"]]), "restart", [told])
     plot.now = told
-    return plot, "floating-point operations"
+    return plot, "parameters"
 
 
 def _budget_plot(fitted: Fitted, budget: dict[str, Any], target: ModelConfig, length: int) -> tuple[Plot, str]:
@@ -476,7 +468,7 @@ def _budget_plot(fitted: Fitted, budget: dict[str, Any], target: ModelConfig, le
     bottom, top = min(low.min(), budget["interval"][0]), min(high.max(), 2 * loss.min())
     plot = Plot(
         f"Predicted loss over size, for {budget['gpu_hours']:g} GPU hours",
-        (x[0], x[-1]), (bottom, top), 60, 940, 370, 625,
+        (x[0], x[-1]), (bottom, top), 60, 830, 370, 625,
     )  # fmt: skip
     plot.band(x, low, high, "train")
     plot.line(x, loss, "train")
@@ -504,7 +496,7 @@ def report(settings: LadderJob, fitted: Fitted, result: dict[str, Any], svg: str
     rows = []
     for r in result["rungs"]:
         said = float(fitted.law.loss(r["parameters"], r["tokens"]))
-        sizes = [number(r[key]) for key in ("parameters", "tokens", "flops")]
+        sizes = [number(r["parameters"]), number(r["tokens"]), f"{r['flops']:.2e}".replace("e+", "e")]
         speed = f"{r['mfu']:.1%}" if r["mfu"] else f"{number(r['flops_per_second_and_worker'])} FLOP/s"
         losses = [f"{r['loss']:.4f}", f"{said:.4f}", f"{r['loss'] / said - 1:+.2%}"]
         rows.append([r["name"], *sizes, *losses, number(r["tokens_per_second"]), speed])
