@@ -169,7 +169,9 @@ def _cost_row(cluster: ClusterFile, plan: Plan) -> tuple[str, ...]:
     need = plan.need
     unit = f"{need.gpus:g} GPU, {need.cpus:g} CPU" if need.gpus else f"{need.cpus:g} CPU"
     text = f"{need.workers} x {unit}" if not need.spreads else "CPUs, as many as there are"
-    text = f"a trial: {text}" if need.job == "tune" else text
+    together = {"tune": "concurrent_trials", "ladder": "concurrent"}.get(need.job, "")
+    if together and not getattr(need.settings, together):
+        text = f"a {'trial' if need.job == 'tune' else 'rung'}: {text}"
     if plan.kind is None:
         return need.job, text, "no room", "-", "-"
     if not plan.nodes or plan.kind.head:

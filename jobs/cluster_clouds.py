@@ -13,6 +13,14 @@ from typing import Any
 from jobs.cluster_file import ClusterFile, NodeKind, Where
 from jobs.machine_types import machine
 
+COMMANDS = (
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
 SMALLEST_DISK = 100  # GB: the image, PyTorch with CUDA, and room for Ray to spill
 
 
@@ -30,6 +38,10 @@ def check(cluster: ClusterFile, config: dict[str, Any], prepared: dict[str, Any]
         return
     _cloud = {"aws": _aws, "gcp": _google, "azure": _azure}[provider]
     _network(cluster, config, provider)
+    commands = [command for key in COMMANDS for command in config.get(key) or []]
+    for path in cluster.shared:
+        if not any(re.search(r"\bmount\b", command) and path in command for command in commands):
+            cluster.error((), f"# shared: {path}: no command mounts it on the nodes")
     head = prepared["head_node_type"]
     for name, node in prepared["available_node_types"].items():
         where = ("available_node_types", name)

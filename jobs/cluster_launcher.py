@@ -14,16 +14,9 @@ import subprocess
 from typing import Any
 
 from jobs import cluster_clouds
+from jobs.cluster_clouds import COMMANDS
 from jobs.cluster_file import ClusterFile, Where
 
-_COMMANDS = (
-    "initialization_commands",
-    "setup_commands",
-    "head_setup_commands",
-    "worker_setup_commands",
-    "head_start_ray_commands",
-    "worker_start_ray_commands",
-)
 # What Ray reads below `provider`; its schema lets anything stand there.
 _PROVIDER_KEYS = {
     "aws": "region availability_zone cache_stopped_nodes use_internal_ips security_group cloudwatch key_pair",
@@ -119,7 +112,7 @@ def _commands(cluster: ClusterFile, config: dict[str, Any], kind: str) -> None:
             risk = "install a nightly build of Ray" if key == "setup_commands" else "open the dashboard to the network"
             cluster.error((key,), f"has to be given: Ray's own commands would {risk}")
     bash = shutil.which("bash")
-    for key in _COMMANDS:
+    for key in COMMANDS:
         for number, command in enumerate(config.get(key) or []):
             if bash:
                 parsed = subprocess.run([bash, "-n", "-c", command], capture_output=True, text=True, check=False)
@@ -133,7 +126,7 @@ def _commands(cluster: ClusterFile, config: dict[str, Any], kind: str) -> None:
 def _versions(cluster: ClusterFile, config: dict[str, Any], needed: dict[str, str]) -> None:
     """Every version that the file names, in commands and images, against the ones that are needed."""
     installs, pythons = False, {}
-    for key in _COMMANDS:
+    for key in COMMANDS:
         for number, command in enumerate(config.get(key) or []):
             for version in re.findall(r"\bray(?:\[[\w,\s-]*\])?\s*==\s*([\w.]+)", command):
                 if version != needed["ray"]:

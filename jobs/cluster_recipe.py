@@ -12,7 +12,6 @@ from jobs.cluster_file import ClusterFile, NodeKind
 from jobs.settings import SettingsError
 from pipelines import storage
 
-FLOW = ("curate", "tokenizer", "tokenize", "pretrain", "evaluate")
 _SPREADS = ("curate", "tokenizer", "tokenize")  # over as many CPU nodes as there are
 
 
@@ -61,13 +60,15 @@ def needs(recipe: str, only: list[str] | None, gpus: bool) -> list[Need]:
 
     with open(recipe, encoding="utf-8") as file:
         content = yaml.safe_load(file)
-    sections = [job for job in cli.JOBS if isinstance(content, dict) and job in content]
+    # What is left out needs no node of its own.
+    placed = [job for job in cli.JOBS if job not in ("demo", "flow", "report")]
+    sections = [job for job in placed if isinstance(content, dict) and job in content]
     if not sections or set(content) - set(cli.JOBS) - {"workspace"}:
         raise SettingsError(f"{recipe}: a recipe to check a cluster with has a section for each job, such as pretrain")
-    wanted = sections if only is None else [job for name in only for job in (FLOW if name == "flow" else (name,))]
+    wanted = sections if only is None else [job for name in only for job in (cli.FLOW if name == "flow" else (name,))]
     out = []
     for job in wanted:
-        if job not in sections and job not in FLOW:
+        if job not in sections and job not in cli.FLOW:
             continue
         try:
             settings = cli.parse(job, ["--config", recipe])
@@ -82,14 +83,17 @@ def needs(recipe: str, only: list[str] | None, gpus: bool) -> list[Need]:
 
 
 def _need(job: str, settings: Any, *, gpus: bool) -> Need:
-    training = settings.pretrain if job == "tune" else settings
+    training = settings.pretrain if job in ("tune", "ladder") else settings
     paths = [("workspace", settings.workspace)]
     paths += [(f"sources.{n}.path", source.path) for n, source in enumerate(getattr(settings, "sources", None) or [])
               if getattr(source, "path", None)]  # fmt: skip
     paths += [(name, value) for name in ("mmlu", "output") if (value := getattr(settings, name, None))]
-    if job in ("pretrain", "tune"):
-        device = training.device == "gpu" or (training.device == "auto" and gpus)
-        need = Need(job, settings, training.workers, training.cpus_per_worker, float(device), training.fewest_workers())
+    if job in ("pretrain", "tune", "ladder"):
+        on_gpu = training.device == "gpu" or (training.device == "auto" and gpus)
+        at_once = (settings.concurrent_trials if job == "tune" else settings.concurrent if job == "ladder" else 1) or 1
+        workers, least = training.workers * at_once, training.fewest_workers()
+        need = Need(job, settings, workers, training.cpus_per_worker, least=least)
+        need.gpus = training.gpus_per_worker if on_gpu else 0.0
     else:
         device = getattr(settings, "device", "cpu")
         taken = float(device == "gpu" or (device == "auto" and gpus))

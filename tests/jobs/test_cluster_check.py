@@ -120,6 +120,7 @@ GCP_NETWORK = """      networkInterfaces:
         ("azure.yaml", "vmSize: Standard_E16s_v5", "vmsize: Standard_E16s_v5", "Ray's template has no such parameter"),
         ("azure.yaml", "cache_stopped_nodes: false ", "cache_stopped_nodes: true ", "would go on paying"),
         ("azure.yaml", "availability_zone: auto", "use_external_head_ip: true", "lets ssh in from anywhere"),
+        ("azure.yaml", "sudo mount -t nfs", "sudo mkdir", "# shared: /mnt/ingot: no command mounts it"),
         ("azure.yaml", "osDiskSize: 200", "osDiskSize: large", "it has to be of type int"),
         ("on-prem.yaml", "    - 192.168.1.12", "    - 192.168.1.1122", "is no address"),
         ("on-prem.yaml", "    - 192.168.1.12", "    - 192.168.1.11", "192.168.1.11 is there twice"),
@@ -281,6 +282,24 @@ def test_command_says_what_is_wrong_and_returns_2(damaged, capsys):
     out = capsys.readouterr().out
     assert "RAY_AUTH_MODE=token is missing: whoever reaches the node could run code on it" in out
     assert "1 error" in out
+
+
+def test_kinds_that_are_not_ours_are_let_pass_and_typos_of_ours_are_not(tmp_path):
+    path = tmp_path / "role.yaml"
+    path.write_text("apiVersion: rbac.authorization.k8s.io/v1\nkind: Role\nmetadata: {name: a}\n")
+    cluster, _ = check(str(path))
+    assert (errors(cluster), len(notes(cluster))) == ([], 1)
+    path.write_text("apiVersion: ray.io/v1\nkind: RayClusters\nmetadata: {name: a}\n")
+    assert any("RayClusters is not known here" in error for error in errors(check(str(path))[0]))
+
+
+def test_a_sweep_needs_what_its_trials_take_at_once(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    tune = {"concurrent_trials": 16, "pretrain": {"device": "gpu", "gpus_per_worker": 0.5, "steps": 100}}
+    path.write_text(yaml.safe_dump({"workspace": "s3://bucket/a", "tune": tune}))
+    _, (plan,) = check(str(ROOT / "cluster/aws.yaml"), str(path))
+    # 16 trials with half a GPU each: eight GPUs, two machines.
+    assert (plan.need.workers, plan.nodes) == (16, 2)
 
 
 def test_price_notes_are_read_or_refused():
