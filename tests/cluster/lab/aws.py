@@ -9,7 +9,7 @@ import yaml
 from cloud import REGION, Cloud
 from machines import ROOT, Laptop, for_the_laboratory
 from training_bench import events_of, processes, token_record
-from work import WORKSPACE, pretraining, submit, write_recipe
+from work import WORKSPACE, pretraining, start, submit, write_recipe
 
 from jobs.run_folder import StoredRun, valid_steps
 from pipelines.stage import read_manifest
@@ -38,7 +38,7 @@ def main(folder):
         cloud.iam.create_instance_profile(InstanceProfileName=name)
     lab.tell(f"the cloud is there, with the instance profiles {', '.join(sorted(profiles))}")
 
-    path = overlay(lab, cloud, config)
+    lab.cluster_file = path = overlay(lab, cloud, config)
     token = lab.home / ".ray/auth_token"
     token.parent.mkdir()
     token.write_text(secrets.token_hex(32))
@@ -46,8 +46,6 @@ def main(folder):
     lab.run("ray", "up", "-y", "--no-config-cache", str(path), log="up.log")
     lab.tell(f"`ray up` is done, instances: {cloud.kinds()}")
     lab.note(after_up=cloud.kinds())
-    tunnel = lab.start("ray", "dashboard", str(path), log="dashboard.log")
-    lab.until("the dashboard answers through `ray dashboard`", lambda: answers(lab), 120, every=2)
 
     recipe = write_recipe(
         lab,
@@ -59,13 +57,12 @@ def main(folder):
         min_workers=1,
         resize_every_seconds=5,
         start_timeout_seconds=20,
+        faults={"slow_worker_seconds": 0.5},  # nodes come and go in minutes, so that the run has to take some
     )
     curate(lab, cloud, recipe)
     pretrain(lab, cloud, recipe)
     lab.until(lambda _: f"idle nodes are gone: {cloud.kinds()}", lambda: cloud.kinds() == ["head"], 600)
     lab.note(after_idle=cloud.kinds())
-    tunnel.terminate()
-    tunnel.wait()
     lab.run("ray", "down", "-y", str(path), log="down.log")
     lab.until("`ray down` is done: no instance is left", lambda: not cloud.instances(), 60)
     lab.note(after_down=cloud.kinds(), machines_on=sum(machine is not None for machine in cloud.on.values()))
@@ -88,15 +85,9 @@ def overlay(lab, cloud, config):
     return path
 
 
-def answers(lab):
-    """Whether the job server answers on the laptop."""
-    listed = lab.run("ray", "job", "list", "--address", "http://127.0.0.1:8265", check=False)
-    return listed.returncode == 0
-
-
 def curate(lab, cloud, recipe):
     """Curation and tokens: on CPU nodes, which start for it."""
-    first = lab.start("ingot", "submit", "curate", "--config", str(recipe), log="curate.log")
+    first = start(lab, "curate", recipe)
     lab.until(lambda _: f"nodes for curation: {cloud.kinds()}", lambda: len(cloud.kinds()) > 1, 300)
     seen = set()
 
@@ -116,7 +107,7 @@ def pretrain(lab, cloud, recipe):
     """Two GPU nodes from zero, one lost without a word, one after a notice, and the run to its end."""
     settings = pretraining(recipe)
     run = StoredRun(f"{WORKSPACE}/runs/{settings.name}")
-    job = lab.start("ingot", "submit", "pretrain", "--config", str(recipe), log="pretrain.log")
+    job = start(lab, "pretrain", recipe)
 
     def alive(condition):
         def there():

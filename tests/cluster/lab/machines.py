@@ -1,6 +1,6 @@
 """A laptop and machines that it reaches over ssh, all of them on this one machine.
 
-Each has network, processes, mounts and host name of its own (namespaces of Linux), an sshd, and a home with nothing but
+Each has network, processes, /tmp and host name of its own (namespaces of Linux), an sshd, and a home with nothing but
 what an image would bring: a virtual environment with the packages of this one, without Ingot. The checkout is hidden
 from the machines, so that what runs there has been brought there. They share the folder ``/mnt/ingot``, as machines
 share a file system. Everything ends with the program that ``run_on_laptop`` runs.
@@ -31,10 +31,15 @@ ip link set $LINK name eth0
 ip addr add $ADDRESS dev eth0
 ip link set eth0 up
 ip route add default via $GATEWAY
-mount --bind $FOLDER/ray /tmp/ray
+for kept in $KEPT; do  # of what lies below /tmp, where each machine has files of its own
+  case $kept in /tmp/*) mkdir -p $FOLDER$kept; mount --bind $kept $FOLDER$kept;; esac
+done
+mount --rbind $FOLDER/tmp /tmp
 mount -t tmpfs tmpfs /dev/shm
 mount --bind $FOLDER/home $HOME
-for package in pipelines models jobs; do mount -t tmpfs tmpfs $CHECKOUT/$package; done
+for package in pipelines models jobs; do
+  [ ! -d $CHECKOUT/$package ] || mount -t tmpfs tmpfs $CHECKOUT/$package
+done
 mount --bind $VENV $VENV
 mount -o remount,ro,bind $VENV
 cd /
@@ -95,7 +100,7 @@ class Laptop:
         self.folder, self.user, self.environment = Path(folder), user, environment or {}
         self.address = ipaddress.ip_interface(address)
         self.began = time.monotonic()
-        self.facts, self.machines = {}, {}
+        self.facts, self.machines, self.cluster_file = {}, {}, None
         self.home = self.folder / "laptop"
         (self.home / ".ssh").mkdir(parents=True)
         self._network()
@@ -201,7 +206,8 @@ class Machine:
         self.laptop, self.name, self.ip = laptop, name, ip
         self.folder = laptop.folder / name
         self.link = f"v{int(ipaddress.ip_address(ip)) % 2**24}"
-        (self.folder / "ray").mkdir(parents=True)
+        (self.folder / "tmp").mkdir(parents=True)
+        (self.folder / "tmp").chmod(0o1777)
         furnish(self.folder, self.folder / "home", ip, keys, laptop.environment)
         self._boot()
 
@@ -236,6 +242,7 @@ class Machine:
             "FOLDER": str(self.folder),
             "CHECKOUT": str(ROOT),
             "VENV": sys.prefix,
+            "KEPT": f"{sys.prefix} {sys.base_prefix} {self.folder}",
             "HOME": HOME,
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         }

@@ -1,5 +1,6 @@
 """The laptop's side of the laboratory on machines over ssh: brings cluster/on-prem.yaml up, works on it, breaks it."""
 
+import contextlib
 import os
 import sys
 import time
@@ -9,7 +10,7 @@ import yaml
 from machines import ROOT, Laptop, call, for_the_laboratory
 from strangers import leftovers, open_ports, scan, without_token
 from training_bench import events_of, processes, token_record
-from work import WORKSPACE, pretraining, submit, write_recipe
+from work import WORKSPACE, pretraining, start, submit, write_recipe
 
 from jobs.run_folder import StoredRun, valid_steps
 from pipelines.stage import read_manifest
@@ -34,6 +35,7 @@ def main(folder):
     lab.tell("of cluster/on-prem.yaml are changed, as there is no internet, the setup commands:")
     for before, after in changed:
         lab.tell(f"  {before}  ->  {after}")
+    lab.cluster_file = path
     lab.run("ray", "get-auth-token", "--generate", log="token.log")
     (lab.home / ".ray/auth_token").chmod(0o600)
     lab.run("ray", "up", "-y", "--no-config-cache", str(path), log="up.log")
@@ -44,6 +46,8 @@ def main(folder):
 
     scan(lab, machines)
     without_token(lab, ips[0])
+    tunnel.terminate()
+    tunnel.wait()
 
     # The head gives no cores to jobs, so that one host is left when one of two is lost.
     recipe = write_recipe(
@@ -55,19 +59,18 @@ def main(folder):
         assert submit(lab, job, recipe) == 0
     lose_a_host(lab, machines, recipe)
 
-    tunnel.terminate()
-    tunnel.wait()
     lab.run("ray", "down", "-y", str(path), log="down.log")
-    lab.tell("`ray down` is done")
+    lab.tell("`ray down` is done: it has stopped the head, whose loss the others notice after a minute")
+    with contextlib.suppress(TimeoutError):
+        lab.until("nothing of Ray is left on the hosts", lambda: not any(map(leftovers, machines)), 240, every=5)
     lab.note(left={machine.name: leftovers(machine) for machine in machines})
-    lab.tell(f"left on the hosts: {lab.facts['left']}")
 
 
 def lose_a_host(lab, machines, recipe):
     """Train on two hosts, cut one of them off in mid-run, and see the run to its end."""
     settings = pretraining(recipe)
     run = StoredRun(f"{WORKSPACE}/runs/{settings.name}")
-    job = lab.start("ingot", "submit", "pretrain", "--config", str(recipe), log="pretrain.log")
+    job = start(lab, "pretrain", recipe)
 
     def step():
         assert job.poll() is None, (lab.folder / "pretrain.log").read_text()

@@ -22,6 +22,7 @@ def main(folder):
     lab.tell("of cluster/laptop.yaml are changed, as there is no internet, the setup commands:")
     for before, after in changed:
         lab.tell(f"  {before}  ->  {after}")
+    lab.cluster_file = path
     lab.run("ray", "get-auth-token", "--generate", log="token.log")
     lab.run("ray", "up", "-y", "--no-config-cache", str(path), log="up.log")
     lab.until("`ray up` is done, the dashboard answers", lambda: open_ports("127.0.0.1", [8265]))

@@ -56,10 +56,16 @@ def pretraining(recipe):
     return parse("pretrain", ["--config", str(recipe)])
 
 
-def submit(lab, job, recipe, *options):
-    """Submit a job of the recipe and follow it to its end; returns the exit status."""
-    done = lab.run("ingot", "submit", job, "--config", str(recipe), *options, log=f"{job}.log", check=False)
-    lab.tell(f"`ingot submit {job}` ended with {done.returncode}")
-    if done.returncode:
-        print(done.stdout[-6000:], flush=True)
-    return done.returncode
+def start(lab, job, recipe):
+    """Submit a job of the recipe to the laboratory's cluster; returns the process that follows it."""
+    command = ["ingot", "submit", job, "--cluster", str(lab.cluster_file), "--config", str(recipe)]
+    return lab.start(*command, log=f"{job}.log")
+
+
+def submit(lab, job, recipe):
+    """Submit a job and follow it to its end; returns the exit status."""
+    status = start(lab, job, recipe).wait()
+    lab.tell(f"`ingot submit {job}` ended with {status}")
+    if status:
+        print((lab.folder / f"{job}.log").read_text()[-6000:], flush=True)
+    return status
