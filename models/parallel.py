@@ -121,8 +121,11 @@ def compile_model(model: Transformer, mode: str | None = None) -> Transformer:
     """
     compile_ = functools.partial(torch.compile, mode=mode, dynamic=False)
     recompute = getattr(model, "recompute", 1.0)
-    # read when a graph is made, which is at its first use, so it stays set
+    # read when a graph is made, which is at its first use, so they stay set
     torch._functorch.config.activation_memory_budget = recompute
+    if hasattr(torch._functorch.config, "unsafe_treat_script_objects_as_zero_size"):
+        # the meshes of split matrices are such objects, which torch 2.13 cannot weigh when it is to recompute
+        torch._functorch.config.unsafe_treat_script_objects_as_zero_size = True
     for block in model.layers:
         block.__dict__.pop("forward", None)  # the compiler chooses better what to recompute
         block.forward = compile_(block.forward)

@@ -7,12 +7,14 @@ import torch
 import torch._functorch.config
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 
 from models.attention import document_index
 from models.config import ModelConfig, OptimizerConfig
 from models.mesh import Parallelism, data_rank_and_world, make_mesh
 from models.optimizer import build_optimizer, grad_norm
 from models.parallel import compile_model, parallelize, set_gradient_sync
+from models.tensor_parallel import split_matrices
 from models.transformer import Transformer
 
 TINY = ModelConfig(vocab_size=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32)
@@ -182,6 +184,23 @@ def test_compiled_model_has_equal_loss_gradients_and_names(monkeypatch, recomput
             loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def test_split_matrices_are_recomputed_by_the_compiler(monkeypatch):
+    compile_ = torch.compile  # a backend that chooses what to recompute
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile_(f, backend="aot_eager_decomp_partition"))
+    tokens = torch.randint(0, 61, (2, 18), generator=torch.Generator().manual_seed(0))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch._functorch.config.patch():  # what the compilation sets goes
+            model = Transformer(replace(TINY, n_layers=1), seed=1)
+            split_matrices(model, init_device_mesh("cpu", (1,)))
+            model.recompute = 0.5
+            loss = compile_model(model)(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(loss, Transformer(replace(TINY, n_layers=1), seed=1)(tokens[:, :-1], tokens[:, 1:]))
 
 
 def saved_bytes(model, tokens):
