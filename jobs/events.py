@@ -97,7 +97,7 @@ def _rollback(e: dict[str, Any]) -> str:
 def _interrupt(e: dict[str, Any]) -> str:
     why = "a node is about to go" if e["reason"] == "preemption" else f"asked to by a {e['reason']}"
     if not e["saved"]:
-        return f"{why}, but amid outliers no checkpoint is taken"
+        return f"{why}, but no checkpoint is there: amid outliers none is taken, or it could not be written"
     return f"{why}, and a checkpoint is taken{_in(e)}"
 
 

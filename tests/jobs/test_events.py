@@ -47,7 +47,7 @@ TOLD = [
     ),
     (
         {"event": "interrupt", "reason": "resize", "saved": False, "seconds": 0.0},
-        "asked to by a resize, but amid outliers no checkpoint is taken",
+        "asked to by a resize, but no checkpoint is there: amid outliers none is taken, or it could not be written",
     ),
     (
         {"event": "preemption", "ranks": [3], "nodes": ["a"], "seconds_left": 118.4},
