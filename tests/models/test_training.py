@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,17 +159,24 @@ def training(
     )
 
 
-def test_a_killed_run_ends_with_the_same_losses(tmp_path):
-    whole = training(tmp_path / "whole")
-    whole.train()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happens to, and its folder."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run = training(folder)
+    run.train()
+    return SimpleNamespace(run=run, losses=Folder(folder).losses())
+
+
+def test_a_killed_run_ends_with_the_same_losses(tmp_path, whole):
     for kill_at in (3, 27, 51):
         folder = tmp_path / f"killed-{kill_at}"
         with pytest.raises(Killed):
             training(folder, kill_at=kill_at).train()
         again = training(folder)
         again.train()
-        assert Folder(folder).losses() == Folder(tmp_path / "whole").losses()  # bit for bit
-        for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert Folder(folder).losses() == whole.losses  # bit for bit
+        for a, b in zip(whole.run.model.parameters(), again.model.parameters(), strict=True):
             assert torch.equal(a, b)
         assert Folder(folder).events("resume")[0]["from_step"] == kill_at // 10 * 10
 
@@ -212,8 +220,7 @@ def test_validation_weighs_what_counts_and_tells_bits_per_byte(tmp_path):
     assert result["validation_bits_per_byte"] == pytest.approx(loss / math.log(2) / 3, rel=1e-5)
 
 
-def test_poisoned_data_is_rolled_back_and_skipped_for_good(tmp_path):
-    training(tmp_path / "plain").train()
+def test_poisoned_data_is_rolled_back_and_skipped_for_good(tmp_path, whole):
     seen = []
     run = training(tmp_path / "run", poison=range(43, 47), seen=seen)
     run.train()
@@ -233,8 +240,7 @@ def test_poisoned_data_is_rolled_back_and_skipped_for_good(tmp_path):
     assert not set(after) & set(range(start, end))
     assert max(after) >= 60 + (end - start) - 1  # the run still makes all its steps, on later data
     assert run.state.step == 60
-    plain, healed = Folder(tmp_path / "plain").losses()[60], events.losses()[60]
-    assert healed == pytest.approx(plain, rel=0.15)
+    assert events.losses()[60] == pytest.approx(whole.losses[60], rel=0.15)
     ledger = events.read_json("ledger.json")
     assert ledger["skips"] == [[start, end]]
     assert ledger["rollbacks"] == 1
@@ -340,7 +346,7 @@ def test_a_run_killed_at_its_very_end_still_reports_its_last_checkpoint(tmp_path
 
 
 @pytest.mark.parametrize("damage", ["flip", "tear"])
-def test_a_damaged_checkpoint_is_recognized_and_the_one_before_is_used(tmp_path, damage):
+def test_a_damaged_checkpoint_is_recognized_and_the_one_before_is_used(tmp_path, whole, damage):
     with pytest.raises(Killed):
         training(tmp_path / "run", kill_at=45).train()
     folder = tmp_path / "run" / "checkpoints" / "step-00000040"
@@ -355,13 +361,10 @@ def test_a_damaged_checkpoint_is_recognized_and_the_one_before_is_used(tmp_path,
     events = Folder(tmp_path / "run")
     assert [e["checkpoint_step"] for e in events.events("corrupt_checkpoint")] == [40]
     assert events.events("resume")[0]["from_step"] == 30
-    whole = training(tmp_path / "whole")
-    whole.train()
-    assert events.losses() == Folder(tmp_path / "whole").losses()
+    assert events.losses() == whole.losses
 
 
-def test_writing_beside_the_training_changes_nothing(tmp_path):
-    training(tmp_path / "within").train()
+def test_writing_beside_the_training_changes_nothing(tmp_path, whole):
     for name in ("beside", "poisoned", "poisoned beside"):
         poison = range(43, 47) if "poisoned" in name else range(0)
         reports = []
@@ -374,7 +377,7 @@ def test_writing_beside_the_training_changes_nothing(tmp_path):
         assert all(pointer["folder"] == f"checkpoints/step-{metrics['step']:08d}" for metrics, pointer in reports)
         for event in Folder(tmp_path / name).events("checkpoint"):
             assert event["pause"] >= 0
-    assert Folder(tmp_path / "beside").losses() == Folder(tmp_path / "within").losses()
+    assert Folder(tmp_path / "beside").losses() == whole.losses
     assert Folder(tmp_path / "poisoned").losses() == Folder(tmp_path / "poisoned beside").losses()
 
 
@@ -509,7 +512,7 @@ def test_what_is_asked_for_amid_outliers_is_saved_as_soon_as_they_are_over(tmp_p
     assert f"checkpoints/step-{saved_at:08d}" in [pointer["folder"] for _, pointer in reports]
 
 
-def test_a_storage_that_fails_for_a_while_costs_nothing_but_checkpoints(tmp_path, monkeypatch):
+def test_a_storage_that_fails_for_a_while_costs_nothing_but_checkpoints(tmp_path, whole, monkeypatch):
     """Every write fails in the steps from 20 on to 40: the run goes on, and what it has to tell is told later."""
     monkeypatch.setattr("models.training.checkpoints._RETRY_AFTER", (0.01,))
     away = []
@@ -528,9 +531,8 @@ def test_a_storage_that_fails_for_a_while_costs_nothing_but_checkpoints(tmp_path
     run = training(tmp_path / "run", storage=Away, async_checkpoints=True)
     run.before_step = lambda step: away.append(1) if step == 15 else away.clear() if step == 45 else None
     run.train()
-    training(tmp_path / "whole").train()
     folder = Folder(tmp_path / "run")
-    assert folder.losses() == Folder(tmp_path / "whole").losses()
+    assert folder.losses() == whole.losses
     failed = [event["step"] for event in folder.events("checkpoint_failed")]
     assert {20, 30} <= set(failed) <= {10, 20, 30, 40}  # those at the edges may come to an attempt outside
     assert "no space left" in folder.events("checkpoint_failed")[0]["error"]
