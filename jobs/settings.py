@@ -398,8 +398,9 @@ class TuneJob(InWorkspace):
     """Settings of `pretrain` by their dotted name, and what to try for each, such as
     `{optimizer.lr: {low: 1e-4, high: 1e-2}, seed: {values: [0, 1]}}`; null tries that range of learning rates."""
     search: Literal["random", "tpe", "bohb"] = "random"
-    """Where new settings come from. tpe: Optuna's model of what the trials so far came to, however far they got. bohb:
-    the same model of the losses at the latest step that enough trials have reached, and every third trial at random."""
+    """Where new settings come from. tpe: Optuna's model of what the trials before came to, those that were stopped
+    behind the others. bohb: the same of the losses at the latest step that enough trials have reached, trials that
+    still run among them, and every third one at random."""
     scheduler: Literal["asha", "median", "pbt", "none"] = "asha"
     """asha stops all but the best part at each rung; median those worse than the median of the others; pbt stops none:
     the worst part of the trials goes on from the weights of the best, with settings that differ a little."""

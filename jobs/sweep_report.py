@@ -43,8 +43,8 @@ def draw_report(settings: TuneJob, space: list[Dimension], trials: Trials, share
             figure(
                 "Settings and where they led",
                 parallel_coordinates(space, trials),
-                "A line for each trial; the best one is orange, those that were stopped early or failed are grey. A "
-                "dash at the foot of an axis: the trial has no such setting. Point at a line to read it.",
+                "A line for each trial; the best one is orange, those that were stopped early or failed are grey. "
+                "Those without a setting pass below its axis. Point at a line to read it.",
             )
         )
         body.append(figure("Validation loss over steps", learning_curves(trials, settings.pretrain.steps)))
@@ -118,7 +118,8 @@ def parallel_coordinates(space: list[Dimension], trials: Trials) -> str:
     ranked = trials.ranked()
     losses = [trial.loss for trial in ranked]
     low, high = min(losses), max(losses)
-    axes = [(dimension.name, _place(dimension), _marks(dimension)) for dimension in space]
+    names = _short_names(space)
+    axes = [(names[dimension.name], _place(dimension), _marks(dimension)) for dimension in space]
     span = (high - low) or 1.0
     marks = (
         [((mark - low) / span, number(mark)) for mark in ticks(low, high, 5)] if high > low else [(0.0, number(low))]
@@ -130,9 +131,10 @@ def parallel_coordinates(space: list[Dimension], trials: Trials) -> str:
         return bottom + 20 if place is None else bottom - place * (bottom - top)
 
     parts = []
-    for x, (name, _, marks) in zip(across, axes, strict=True):
+    for i, (x, (name, _, marks)) in enumerate(zip(across, axes, strict=True)):
+        above = top - 14 - (16 if i % 2 and len(axes) > 6 else 0)  # many names stand in two rows
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(f'<text class="bold" text-anchor="middle" x="{x:.1f}" y="{top - 18}">{html.escape(name)}</text>')
+        parts.append(f'<text class="bold" text-anchor="middle" x="{x:.1f}" y="{above}">{html.escape(name)}</text>')
         left_of = f'text-anchor="end" x="{x - 6:.1f}"'
         parts += [
             f'<text class="small" {left_of} y="{y(place) + 4:.1f}">{html.escape(text)}</text>' for place, text in marks
@@ -160,6 +162,15 @@ def _note(trial: Trial) -> str:
     return f"trial {trial.name}, {trial.state}: {trial.loss:.4f} after {counted(trial.step, 'step')}; {told}"
 
 
+def _short_names(space: list[Dimension]) -> dict[str, str]:
+    """Names of settings without their groups, where that tells them apart."""
+    lasts = [dimension.name.rpartition(".")[2] for dimension in space]
+    return {
+        dimension.name: last if lasts.count(last) == 1 else dimension.name
+        for dimension, last in zip(space, lasts, strict=True)
+    }
+
+
 def _place(dimension: Dimension) -> Callable[[Trial], float | None]:
     """Where a trial lies on the axis of a setting, 0 to 1; None where it has none."""
     choices = dimension.given.values
@@ -175,20 +186,29 @@ def _place(dimension: Dimension) -> Callable[[Trial], float | None]:
     return place
 
 
-def _marks(dimension: Dimension, about: int = 5) -> list[tuple[float, str]]:
-    """Places and texts along the axis of a setting."""
+def _marks(dimension: Dimension, least: float = 0.08) -> list[tuple[float, str]]:
+    """Places and texts along the axis of a setting, at least so far from each other."""
     given = dimension.given
     if given.values is not None:
         return [((i + 0.5) / len(given.values), value(choice)) for i, choice in enumerate(given.values)]
     if given.scale == "linear":
-        marks = ticks(given.low, given.high, about)
+        marks = ticks(given.low, given.high, 5)
     else:
         decades = range(math.floor(math.log10(given.low)), math.ceil(math.log10(given.high)) + 1)
         wide = given.high / given.low > 30
         factors = (1,) if given.high / given.low > 1e4 else (1, 3) if wide else (1, 2, 3, 5, 7)
         marks = [f * 10.0**k for k in decades for f in factors if given.low <= f * 10.0**k * 1.0001]
         marks = [mark for mark in marks if mark <= given.high * 1.0001]
-    return [(dimension.unit(mark), number(mark)) for mark in marks]
+    apart: list[tuple[float, str]] = []
+    for mark in marks:
+        if not apart or dimension.unit(mark) - apart[-1][0] >= least:
+            apart.append(
+                (
+                    dimension.unit(mark),
+                    number(mark) if mark == 0 or mark >= 0.01 else f"{mark:.0e}".replace("e-0", "e-"),
+                )
+            )
+    return apart
 
 
 def learning_curves(trials: Trials, steps: int) -> str:
@@ -252,7 +272,7 @@ def loss_over_settings(space: list[Dimension], trials: Trials) -> str:
                 f"<title>{html.escape(_note(trial))}</title></circle>"
             )
         parts += plot.svg()
-        for at, text in _marks(dimension, 4):
+        for at, text in _marks(dimension, 0.12):
             parts.append(
                 f'<text class="small" text-anchor="middle" x="{float(plot.px(at)):.1f}" '
                 f'y="{plot.bottom + 16:.0f}">{html.escape(text)}</text>'

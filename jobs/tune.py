@@ -24,7 +24,7 @@ from jobs.session import ray_session
 from jobs.settings import PretrainJob, SettingsError, TuneJob, with_setting
 from jobs.sweep_report import draw_report
 from jobs.sweep_search import Plan
-from jobs.sweep_space import Settings, space_of
+from jobs.sweep_space import Dimension, Settings, space_of
 from jobs.sweep_trials import METRIC, Trial, Trials
 from pipelines import storage
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from jobs.sweep_runner import Objective, Task
 
 log = logging.getLogger("ingot")
+
+RESULTS = "results.json"
 
 # What may change between two starts of a sweep: where it runs, how far it goes, and what its best is for.
 _FREE = ("workspace", "concurrent_trials", "trials", "budget_hours", "transfer_to")
@@ -64,42 +66,50 @@ def sweep(settings: TuneJob, objective: Objective, tokens: str = "") -> list[dic
     with lease(StoredRun(folder), settings.name):
         _remember(folder, settings, tokens)
         space, trials = space_of(settings.dimensions(), settings.pretrain), Trials(folder)
-        if storage.exists(storage.join(folder, "results.json")) and _over(Plan(settings, space, trials, 0.0)):
+        before = StoredRun(folder).read_json(RESULTS)
+        if before is not None and _over(Plan(settings, space, trials, before["share"])):
             log.info("tune: sweep %s is done already, nothing to do", settings.name)
+            share = before["share"]
         else:
-            base = settings.pretrain
-            # Ray Train frees the cores of a trial that was stopped by asking the dashboard if its controller is gone.
-            with ray_session(math.ceil(base.workers * base.cpus_per_worker), dashboard=True) as only_this_machine:
-                if only_this_machine:
-                    require_gpus(base)
-                from jobs.sweep_runner import Resources, run_trials  # imports Tune
-
-                room = Resources(base)
-                plan = Plan(settings, space, trials, room.share)
-                concurrent = settings.concurrent_trials or room.concurrent
-                ended = trials.count("finished", "stopped", "diverged")
-                facts = settings.name, settings.trials, base.steps, ended, concurrent
-                log.info("tune: sweep %s, %d trials of %d steps, %d ended before, %d at a time", *facts)
-
-                def draw(live: bool = True) -> None:
-                    draw_report(settings, space, trials, room.share, room.unit, live)
-
-                run_trials(settings, plan, folder, concurrent, objective, draw)
-                draw(live=False)
-                if plan.spent():
-                    log.warning("tune: the budget of %g %s hours is spent", settings.budget_hours, room.unit)
-            _write_results(settings, folder, trials)
+            share = _run(settings, space, trials, folder, objective)
+        _write_results(settings, folder, trials, share)
         table = rows(trials)
         _tell(table, list(settings.dimensions()), trials)
         return table
 
 
+def _run(settings: TuneJob, space: list[Dimension], trials: Trials, folder: str, objective: Objective) -> float:
+    """Run the trials that are left; returns the GPUs, or CPU cores, that each of them took."""
+    base = settings.pretrain
+    # Ray Train frees the cores of a trial that was stopped by asking the dashboard whether its controller is gone.
+    with ray_session(math.ceil(base.workers * base.cpus_per_worker), dashboard=True) as only_this_machine:
+        if only_this_machine:
+            require_gpus(base)
+        from jobs.sweep_runner import Resources, run_trials  # imports Tune
+
+        room = Resources(base)
+        plan = Plan(settings, space, trials, room.share)
+        concurrent = settings.concurrent_trials or room.concurrent
+        ended = trials.count("finished", "stopped", "diverged")
+        facts = settings.name, settings.trials, base.steps, ended, concurrent
+        log.info("tune: sweep %s, %d trials of %d steps, %d ended before, %d at a time", *facts)
+
+        def draw(live: bool = True) -> None:
+            draw_report(settings, space, trials, room.share, room.unit, live)
+
+        run_trials(settings, plan, folder, concurrent, objective, draw)
+        draw(live=False)
+        if plan.spent():
+            log.warning("tune: the budget of %g %s hours is spent", settings.budget_hours, room.unit)
+        return room.share
+
+
 def _over(plan: Plan) -> bool:
-    """Whether nothing is left to do; asked of a plan that is not to be run."""
+    """Whether nothing is left to do."""
     if plan.interrupted or plan.failed:
         return False
-    settings, states = plan.settings, [trial.state for trial in plan.trials.all.values()]
-    return len(states) >= settings.trials and "waiting" not in states
+    states = [trial.state for trial in plan.trials.all.values()]
+    return plan.spent() or (len(states) >= plan.settings.trials and "waiting" not in states)
 
 
 def _remember(folder: str, settings: TuneJob, tokens: str) -> None:
@@ -220,8 +230,8 @@ def lineage(trial: Trial) -> list[dict[str, Any]]:
     ]
 
 
-def _write_results(settings: TuneJob, folder: str, trials: Trials) -> None:
-    """Recipes, and ``results.json`` at last.
+def _write_results(settings: TuneJob, folder: str, trials: Trials, share: float) -> None:
+    """Recipes, and ``results.json`` at last: it says that the sweep came to its end.
 
     Raises:
         RuntimeError: no trial got as far as a validation.
@@ -235,8 +245,10 @@ def _write_results(settings: TuneJob, folder: str, trials: Trials) -> None:
     if settings.transfer_to is not None:
         storage.write_bytes(storage.join(folder, "target.yaml"), target_recipe(settings, ranked[0]).encode())
         log.info("tune: the recipe for the wider model is %s", storage.join(folder, "target.yaml"))
-    results = {"space": list(settings.dimensions()), "trials": rows(trials), "failed": trials.count("failed")}
-    storage.write_json(storage.join(folder, "results.json"), results)
+    space, failed = list(settings.dimensions()), trials.count("failed")
+    storage.write_json(
+        storage.join(folder, RESULTS), {"space": space, "trials": rows(trials), "failed": failed, "share": share}
+    )
 
 
 def best_recipe(settings: TuneJob, best: Trial) -> str:
