@@ -150,8 +150,10 @@ async def _print_log(server: JobServer, job: str, printer: Printer) -> None:
                 if time.time() - asked > ASLEEP_SECONDS:
                     raise ConnectionError("this machine was asleep")
                 status = await asyncio.to_thread(server.client.get_job_status, job)
-                if status.is_terminal():
-                    raise ConnectionError("the log did not end with the job")
+                if status.is_terminal():  # and the log's end is late
+                    printer.restart()
+                    printer.add(await asyncio.to_thread(server.client.get_job_logs, job))
+                    return
                 told = await asyncio.to_thread(_tell_waiting, server, job, told)
                 continue
             try:

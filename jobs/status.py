@@ -96,7 +96,7 @@ def nodes(server: JobServer) -> list[Node]:
     found = []
     for node in server.nodes():
         labels, head = node.get("labels") or {}, bool(node.get("isHeadNode"))
-        kind = node.get("nodeTypeName") or labels.get("ray.io/node-group") or ("head" if head else "worker")
+        kind = "head" if head else node.get("nodeTypeName") or labels.get("ray.io/node-group") or "worker"
         used = {name: float(amount) for amount, name in re.findall(r"([\d.]+)/[\d.]+ (CPU|GPU)\b", node["used"])}
         there = node.get("resourcesTotal") or {}
         cpus, gpus = ((used.get(name, 0.0), float(there.get(name, 0))) for name in ("CPU", "GPU"))
@@ -150,15 +150,15 @@ def _nodes(there: list[Node], tariff: Tariff) -> list[str]:
 def _places(server: JobServer, kinds: dict[str, str]) -> dict[str, list[str]]:
     """What each Ray job runs on which type of node, such as ``2 RayTrainWorker on gpu-spot``.
 
-    Only what reserves something is named; the rest are the helpers of Ray's libraries.
+    Only what reserves cores or GPUs is named; the rest are the helpers of Ray's libraries.
     """
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for what, state, name in (("actors", "ALIVE", "class_name"), ("tasks", "RUNNING", "name")):
         filters = {"filter_keys": "state", "filter_predicates": "=", "filter_values": state}
         listed = server.get(f"/api/v0/{what}", detail=True, limit=10000, **filters).json()
         for row in listed["data"]["result"]["result"]:
-            needs = row.get("required_resources") or {}
-            if row.get("type", "NORMAL_TASK") == "NORMAL_TASK" and any(needs.values()):
+            works = any(name.startswith(("CPU", "GPU")) for name in row.get("required_resources") or {})
+            if row.get("type", "NORMAL_TASK") == "NORMAL_TASK" and works:
                 counts[row["job_id"]][row[name].rsplit(".")[-1], kinds.get(row["node_id"], "a lost node")] += 1
     return {
         job: [f"{number} {name} on {kind}" for (name, kind), number in sorted(counter.items())]
@@ -176,4 +176,5 @@ def _costs(there: list[Node], tariff: Tariff) -> list[str]:
     seen = f", seen {tariff.seen()}" if tariff.seen() else ""
     rate = f"costs {hourly:.2f} USD/h, {spent:.2f} USD since these nodes started"
     lines = [f"{rate}; without disks and traffic, by the notes in {tariff.cluster.path}{seen}"]
+    lines = lines if len(unknown) < len({node.kind for node in there}) else []
     return lines + ([f"no price is noted for {', '.join(unknown)}"] if unknown else [])

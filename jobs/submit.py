@@ -14,11 +14,13 @@ import secrets
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from jobs.following import JobLostError, first_line, follow, stop
 from jobs.job_server import TOKEN_PLACES, Door, JobServer, add_door, job_server
+from jobs.lease import LOST_AFTER_SECONDS
 from jobs.settings import SettingsError, require
 from jobs.shipping import Paths, package, program, ship_arguments, upload
 
@@ -137,6 +139,8 @@ def run(settings: SubmitSettings, job: str, arguments: list[str]) -> int:
         workspace = paths.workspace(job_settings.workspace)
         files = program()
         shipped = ship_arguments(job, arguments, files, paths)
+        if settings.cluster is not None:
+            shipped += _gpus_to_come(settings.cluster, job_settings)
         # On this machine the interpreter is known; elsewhere it is the one that the nodes' PATH finds.
         python = "python" if elsewhere else sys.executable
         request = {
@@ -156,6 +160,7 @@ def run(settings: SubmitSettings, job: str, arguments: list[str]) -> int:
             status = _watch(settings, server, submission, left)
             if status is not None:
                 return status
+            time.sleep(LOST_AFTER_SECONDS)  # the lost job holds its run for so long
     return 1
 
 
@@ -182,6 +187,29 @@ def _runtime_env(settings: SubmitSettings) -> dict[str, Any]:
         require(right, "runtime_env", settings.runtime_env, "a file with a mapping without working_dir, the program")
     passed = {name: os.environ[name] for name in settings.env}
     return given | {"env_vars": {"PYTHONUNBUFFERED": "1", **(given.get("env_vars") or {}), **passed}}
+
+
+def _gpus_to_come(cluster: str, job_settings: Any) -> list[str]:
+    """Options that turn a device of auto into gpu when the cluster can bring nodes with GPUs.
+
+    The job itself sees only the nodes that are there.
+    """
+    from jobs.cluster import check
+
+    undecided = list(_undecided(job_settings))
+    kinds = [kind.name for kind in check(cluster)[0].workers() if kind.gpus] if undecided else []
+    if kinds:
+        print(f"device: gpu, for {cluster} has {', '.join(kinds)}", file=sys.stderr)
+    return [word for option in undecided for word in (option, "gpu")] if kinds else []
+
+
+def _undecided(job_settings: Any, prefix: str = "--") -> Iterator[str]:
+    for inner in fields(job_settings):
+        value = getattr(job_settings, inner.name)
+        if is_dataclass(value):
+            yield from _undecided(value, f"{prefix}{inner.name}.")
+        elif inner.name == "device" and value == "auto":
+            yield prefix + inner.name
 
 
 def _watch(settings: SubmitSettings, server: JobServer, submission: str, left: int) -> int | None:

@@ -12,6 +12,29 @@ import pytest
 TOKEN = "a-token-for-the-tests-of-submission"
 
 
+# Stands for the program: a checkout is whatever folder holds these three packages.
+PROGRAM = """
+import os, sys, time
+job = sys.argv[1]
+arguments = dict(word.split("=", 1) for word in sys.argv[2:] if "=" in word)
+workspace = sys.argv[sys.argv.index("--workspace") + 1]
+print("job", job, "prompt", arguments.get("--prompt"), "workspace", workspace)
+print("ships", *sorted(os.listdir(".")))
+if "--config" in sys.argv:
+    print(open(sys.argv[sys.argv.index("--config") + 1]).read())
+if arguments.get("--prompt") == "sleep":
+    time.sleep(120)
+for number in range(20 if arguments.get("--prompt") == "count" else 0):
+    print("number", number)
+    time.sleep(0.2)
+    if number == 5:
+        open(f"{workspace}/counts", "w").close()
+print("environment", os.environ.get("OF_THIS_TEST"))
+print("last words")
+sys.exit(7 if arguments.get("--prompt") == "fail" else 0)
+"""
+
+
 @pytest.fixture
 def token(monkeypatch):
     """The cluster's token, where whoever submits has it."""
@@ -68,3 +91,15 @@ def wait_for_dashboard(address, head):
             pass
         time.sleep(0.3)
     raise AssertionError("the cluster did not come up")
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch, token):
+    for package in ("pipelines", "models", "jobs"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("")
+    (tmp_path / "jobs" / "__main__.py").write_text(PROGRAM)
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / "workspace" / "secret.bin").write_text("does not travel")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

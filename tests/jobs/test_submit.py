@@ -14,34 +14,6 @@ from jobs.shipping import Paths, is_here, ship_arguments
 
 ROOT = str(Path(__file__).parents[2])
 
-# Stands for the program: a checkout is whatever folder holds these three packages.
-PROGRAM = """
-import os, sys, time
-job = sys.argv[1]
-arguments = dict(word.split("=", 1) for word in sys.argv[2:] if "=" in word)
-workspace = sys.argv[sys.argv.index("--workspace") + 1]
-print("job", job, "prompt", arguments.get("--prompt"), "workspace", workspace)
-print("ships", *sorted(os.listdir(".")))
-if "--config" in sys.argv:
-    print(open(sys.argv[sys.argv.index("--config") + 1]).read())
-if arguments.get("--prompt") == "sleep":
-    time.sleep(120)
-print("last words")
-sys.exit(7 if arguments.get("--prompt") == "fail" else 0)
-"""
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch, token):
-    for package in ("pipelines", "models", "jobs"):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").write_text("")
-    (tmp_path / "jobs" / "__main__.py").write_text(PROGRAM)
-    (tmp_path / "workspace").mkdir()
-    (tmp_path / "workspace" / "secret.bin").write_text("does not travel")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
 
 @pytest.mark.cluster
 def test_a_job_that_succeeds_streams_its_log_and_returns_0(cluster, checkout, capsys, monkeypatch):
