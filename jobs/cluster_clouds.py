@@ -46,6 +46,8 @@ def check(cluster: ClusterFile, config: dict[str, Any], prepared: dict[str, Any]
     for name, node in prepared["available_node_types"].items():
         where = ("available_node_types", name)
         held, market = _cloud(cluster, (*where, "node_config"), node["node_config"])
+        if not held:
+            continue
         kind = _kind(cluster, where, node, held, provider)
         kind.market = market
         kind.head = name == head
@@ -63,6 +65,8 @@ def _kind(cluster: ClusterFile, where: Where, node: dict[str, Any], type_name: s
         name, type_name, node["min_workers"], node["max_workers"], resources.get("CPU"), resources.get("GPU"),
         priority=node.get("priority", 0), where=where,
     )  # fmt: skip
+    if min(node["min_workers"], node["max_workers"]) < 0:
+        cluster.error((*where, "min_workers"), "and max_workers have to be 0 or more")
     if node["min_workers"] > node["max_workers"]:
         cluster.error((*where, "min_workers"), f"is above max_workers, {node['max_workers']}")
     if held is None:
@@ -163,8 +167,9 @@ def _disk(cluster: ClusterFile, where: Where, size: Any) -> None:
 
 def _aws(cluster: ClusterFile, where: Where, node: dict[str, Any]) -> tuple[str, str]:
     """A node's request as the EC2 client would take it, and what is missing to make it safe."""
-    _like_run_instances(cluster, where, node)
-    name = str(node.get("InstanceType", ""))
+    if not _like_run_instances(cluster, where, node):
+        return "", "on demand"
+    name = node.get("InstanceType", "")
     if node.get("MetadataOptions", {}).get("HttpTokens") != "required":
         text = "MetadataOptions.HttpTokens has to be `required`: without, a download could ask for credentials"
         cluster.error(where, text)
@@ -180,14 +185,15 @@ def _aws(cluster: ClusterFile, where: Where, node: dict[str, Any]) -> tuple[str,
     return name, "spot" if node.get("InstanceMarketOptions", {}).get("MarketType") == "spot" else "on demand"
 
 
-def _like_run_instances(cluster: ClusterFile, where: Where, node: dict[str, Any]) -> None:
+def _like_run_instances(cluster: ClusterFile, where: Where, node: dict[str, Any]) -> bool:
+    """Whether every field is where it belongs, and of its type, as far as can be told."""
     try:
         from botocore.validate import ParamValidator
 
         shape = _run_instances()
     except ImportError:
         cluster.note(where[:1], "boto3 is not installed (pip install 'ingot[aws]'): fields of EC2 are not checked")
-        return
+        return True
     report = ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **node}, shape)
     for line in report.generate_report().splitlines():
         cluster.error(where, f"EC2 would refuse it: {line}")
@@ -195,6 +201,7 @@ def _like_run_instances(cluster: ClusterFile, where: Where, node: dict[str, Any]
         near = [known for known in allowed if known.partition(".")[0] == str(value).partition(".")[0]][:8]
         hint = f"; there are {', '.join(near or allowed[:8])}, …"
         cluster.error((*where, *path), f"EC2 knows no {value!r}{hint}")
+    return not report.has_errors()
 
 
 @functools.cache
@@ -220,28 +227,55 @@ def _not_in_enum(value: Any, shape: Any) -> Iterator[tuple[Where, Any, list[str]
         yield (), value, shape.enum
 
 
-# What a node of Compute Engine is usually made of, for when Google's client, which holds the whole list, is not there.
-_GOOGLE_FIELDS = (
-    "machineType disks networkInterfaces scheduling metadata serviceAccounts labels tags guestAccelerators "
-    "shieldedInstanceConfig sourceInstanceTemplate minCpuPlatform reservationAffinity resourcePolicies "
-    "networkPerformanceConfig confidentialInstanceConfig advancedMachineFeatures description canIpForward"
-)
+def _fields(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+_TEXT, _FLAG = {"type": "string"}, {"type": "boolean"}
+_TEXTS = {"type": "object", "additionalProperties": _TEXT}
+
+
+def _all(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+# What nodes are usually made of, for when Google's client, which holds the whole description, is not installed.
+_USUAL_INSTANCE = _fields(
+    machineType=_TEXT, minCpuPlatform=_TEXT, description=_TEXT, canIpForward=_FLAG, labels=_TEXTS,
+    disks=_all(_fields(boot=_FLAG, autoDelete=_FLAG, type={"enum": ["PERSISTENT", "SCRATCH"]}, deviceName=_TEXT,
+                       interface=_TEXT, mode=_TEXT, source=_TEXT, diskSizeGb={"type": ["integer", "string"]},
+                       initializeParams=_fields(diskSizeGb={"type": ["integer", "string"]}, diskType=_TEXT,
+                                                sourceImage=_TEXT, labels=_TEXTS))),
+    networkInterfaces=_all(_fields(network=_TEXT, subnetwork=_TEXT, nicType=_TEXT, stackType=_TEXT,
+                                   accessConfigs={"type": "array"}, aliasIpRanges={"type": "array"})),
+    scheduling=_fields(provisioningModel={"enum": ["SPOT", "STANDARD", "FLEX_START", "RESERVATION_BOUND"]},
+                       instanceTerminationAction={"enum": ["DELETE", "STOP"]}, preemptible=_FLAG,
+                       onHostMaintenance={"enum": ["MIGRATE", "TERMINATE"]}, automaticRestart=_FLAG,
+                       maxRunDuration={"type": "object"}),
+    metadata=_fields(items=_all(_fields(key=_TEXT, value=_TEXT))), tags=_fields(items=_all(_TEXT)),
+    serviceAccounts=_all(_fields(email=_TEXT, scopes=_all(_TEXT))),
+    guestAccelerators=_all(_fields(acceleratorType=_TEXT, acceleratorCount={"type": "integer"})),
+    shieldedInstanceConfig=_fields(enableSecureBoot=_FLAG, enableVtpm=_FLAG, enableIntegrityMonitoring=_FLAG),
+    reservationAffinity={"type": "object"}, resourcePolicies=_all(_TEXT), networkPerformanceConfig={"type": "object"},
+    confidentialInstanceConfig={"type": "object"}, advancedMachineFeatures={"type": "object"},
+)  # fmt: skip
 
 
 def _google(cluster: ClusterFile, where: Where, node: dict[str, Any]) -> tuple[str, str]:
     """A node's fields against Compute Engine's, and what would make it fail or open it."""
-    name = str(node.get("machineType", "")).rpartition("/")[2]
+    import jsonschema
+
     schema = _compute_engine()
     if schema is None:
-        for key in set(node) - set(_GOOGLE_FIELDS.split()):
-            cluster.error((*where, key), "is no field of a Compute Engine instance that is known here")
-        cluster.note(where[:1], "Google's client is not installed (pip install 'ingot[gcp]'): only names are checked")
-    else:
-        import jsonschema
-
-        fields = {key: value for key, value in node.items() if key != "sourceInstanceTemplate"}
-        for error in jsonschema.Draft7Validator(schema).iter_errors(fields):
-            cluster.error((*where, *error.absolute_path), f"Compute Engine would refuse it: {error.message[:200]}")
+        text = "Google's client is not installed (pip install 'ingot[gcp]'): only the usual fields are known"
+        cluster.note(where[:1], text)
+    fields = {key: value for key, value in node.items() if key != "sourceInstanceTemplate"}
+    refused = list(jsonschema.Draft7Validator(schema or _USUAL_INSTANCE).iter_errors(fields))
+    for error in refused:
+        cluster.error((*where, *error.absolute_path), f"Compute Engine would refuse it: {error.message[:200]}")
+    if refused:
+        return "", "on demand"
+    name = node.get("machineType", "").rpartition("/")[2]
     if not name:
         cluster.error(where, "machineType is missing")
     interfaces = node.get("networkInterfaces")
@@ -314,18 +348,23 @@ def _azure(cluster: ClusterFile, where: Where, node: dict[str, Any]) -> tuple[st
         "availability_zone": "string",
     }
     types = {"string": str, "securestring": str, "int": int, "bool": bool, "object": dict, "array": list}
-    parameters, where = node.get("azure_arm_parameters", {}), (*where, "azure_arm_parameters")
+    parameters, where = node.get("azure_arm_parameters"), (*where, "azure_arm_parameters")
+    if not isinstance(parameters, dict):
+        cluster.error(where, "has to say what the machine is: vmSize and an image")
+        return "", "on demand"
+    before = len(cluster.problems)
     for key, value in parameters.items():
         if key not in known:
             cluster.error((*where, key), f"Ray's template has no such parameter; there are {', '.join(sorted(known))}")
         elif type(value) is not types[known[key]]:
             cluster.error((*where, key), f"is {value!r}; it has to be of type {known[key]}")
+    if len(cluster.problems) > before:
+        return "", "on demand"
     name = parameters.get("vmSize", "")
     if not name:
         cluster.error(where, "vmSize is missing")
-    if not parameters.get("imageId") and not {"imagePublisher", "imageOffer", "imageSku", "imageVersion"} <= set(
-        parameters
-    ):
+    image = {"imagePublisher", "imageOffer", "imageSku", "imageVersion"}
+    if not parameters.get("imageId") and not image <= set(parameters):
         cluster.error(where, "an image is missing: imageId, or imagePublisher, imageOffer, imageSku and imageVersion")
     if (priority := parameters.get("priority", "Regular")) not in ("Regular", "Spot"):
         cluster.error((*where, "priority"), f"is {priority!r}; it has to be Regular or Spot")
@@ -340,13 +379,15 @@ def _machines(cluster: ClusterFile, config: dict[str, Any]) -> None:
     head, workers = config["provider"]["head_ip"], config["provider"]["worker_ips"]
     for number, address in enumerate([head, *workers]):
         where = ("provider", "worker_ips", number - 1) if number else ("provider", "head_ip")
-        text = str(address)
-        if re.fullmatch(r"[\d.]+|.*:.*", text):
+        text = address if isinstance(address, str) else ""
+        if not re.fullmatch(r"[\w.:-]+", text):
+            cluster.error(where, f"{address!r} is neither an address nor a name")
+        elif re.fullmatch(r"[\d.]+|.*:.*", text):
             try:
                 ipaddress.ip_address(text)
             except ValueError as error:
                 cluster.error(where, f"is no address: {error}")
-    for address in {address for address in [head, *workers] if [head, *workers].count(address) > 1}:
+    for address in {str(address) for address in [head, *workers] if [head, *workers].count(address) > 1}:
         cluster.error(("provider", "worker_ips"), f"{address} is there twice")
     if workers and str(head) in ("127.0.0.1", "localhost", "::1"):
         text = f"is {head}, where the other machines would look for the head on themselves"
@@ -356,7 +397,7 @@ def _machines(cluster: ClusterFile, config: dict[str, Any]) -> None:
         cluster.error(
             ("max_workers" if most > len(workers) else "min_workers",), f"is above the {len(workers)} worker_ips"
         )
-    starts = config["head_start_ray_commands"]
+    starts = config.get("head_start_ray_commands") or []
     loopback = any("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0" in command for command in starts)
     if not workers and not loopback:
         text = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 is missing: a machine alone needs no ports beyond the loopback"

@@ -32,8 +32,12 @@ def check(cluster: ClusterFile, needed: dict[str, str]) -> None:
     import jsonschema
 
     cluster.title = "Kubernetes: " + ", ".join(str(document.get("kind")) for document in cluster.documents)
+    sound = {}
     for number, document in enumerate(cluster.documents):
         kind = document.get("kind")
+        if not isinstance(kind, str):
+            cluster.error(("kind",), f"is {kind!r}; it has to be one of {', '.join(_VERSIONS)}", number)
+            continue
         if kind not in _VERSIONS:
             ours = str(document.get("apiVersion")).partition("/")[0] in ("ray.io", "kueue.x-k8s.io", "None")
             text = f"{kind} is not known here, and not checked; there are {', '.join(_VERSIONS)}"
@@ -41,21 +45,23 @@ def check(cluster: ClusterFile, needed: dict[str, str]) -> None:
             continue
         if document.get("apiVersion") != _VERSIONS[kind]:
             cluster.error(("apiVersion",), f"has to be {_VERSIONS[kind]} for a {kind}", number)
-        _metadata(cluster, document, number)
         problems = list(jsonschema.Draft7Validator(_schema(kind)).iter_errors(document))
         for problem in problems:
             cluster.error(tuple(problem.absolute_path), f"{kind} would be refused: {problem.message[:200]}", number)
+        if problems:  # what follows takes everything to be where it belongs
+            continue
+        sound[number] = document
         for where, pod in _pods(document):
             _pod(cluster, where, pod, number)
-        if problems:
-            continue
         if kind == "RayCluster":
             _ray(cluster, ("spec",), document["spec"], number, needed)
+        elif kind == "NetworkPolicy":
+            _policy(cluster, document["spec"], number)
         elif kind == "RayJob":
             _job(cluster, document, number)
             if "rayClusterSpec" in document["spec"]:
                 _ray(cluster, ("spec", "rayClusterSpec"), document["spec"]["rayClusterSpec"], number, needed)
-    _queued(cluster)
+    _queued(cluster, sound)
 
 
 @functools.cache
@@ -64,12 +70,13 @@ def _schema(kind: str) -> dict[str, Any]:
     with open(os.path.join(os.path.dirname(__file__), "schemas", "kuberay.json"), encoding="utf-8") as file:
         definitions = json.load(file)["$defs"]
 
+    def resolved(part: dict[str, Any]) -> dict[str, Any]:
+        return resolved(definitions[part["$ref"].rpartition("/")[2]]) if "$ref" in part else part
+
     def at(*path: str) -> dict[str, Any]:
         part = definitions["RayCluster"]
         for name in ("properties", "spec", "properties", *path):
-            while "$ref" in part:
-                part = definitions[part["$ref"].rpartition("/")[2]]
-            part = part[name]
+            part = resolved(part)[name]
         return part
 
     def fields(**properties: Any) -> dict[str, Any]:
@@ -80,6 +87,13 @@ def _schema(kind: str) -> dict[str, Any]:
     number = {"type": "integer", "minimum": 0}
     selector = fields(matchLabels=texts, matchExpressions={"type": "array"})
     pod = at("headGroupSpec", "properties", "template")
+    # KubeRay's definitions leave to Kubernetes what Kubernetes has always refused.
+    resolved(pod)["required"] = ["spec"]
+    resolved(at("headGroupSpec", "properties", "template", "properties", "spec", "properties", "containers"))[
+        "minItems"
+    ] = 1
+    name = {"type": "string", "pattern": r"^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$"}
+    metadata = {**fields(name=name, namespace=name, labels=texts, annotations=texts), "required": ["name"]}
     volumes = ("headGroupSpec", "properties", "template", "properties", "spec", "properties", "volumes")
     claim = at(*volumes, "items", "properties", "ephemeral", "properties", "volumeClaimTemplate", "properties", "spec")
     service = at("headGroupSpec", "properties", "headService", "properties", "spec")
@@ -121,22 +135,24 @@ def _schema(kind: str) -> dict[str, Any]:
         "LocalQueue": {"spec": fields(clusterQueue=text, stopPolicy=text, fairSharing=anything)},
     }  # fmt: skip
     if kind not in bodies:
+        definitions[kind]["properties"]["metadata"] = metadata
         return {"$ref": f"#/$defs/{kind}", "$defs": definitions}
-    whole = fields(apiVersion=text, kind=text, metadata=anything, **bodies[kind])
+    whole = fields(apiVersion=text, kind=text, metadata=metadata, **bodies[kind])
     whole["required"] = ["metadata", *(["spec"] if "spec" in bodies[kind] else [])]
     return {**whole, "$defs": definitions}
 
 
-def _metadata(cluster: ClusterFile, document: dict[str, Any], number: int) -> None:
-    metadata = document.get("metadata") or {}
-    name = str(metadata.get("name", ""))
-    if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?", name):
-        cluster.error(("metadata", "name"), f"{name!r} is no name for Kubernetes: a-z, 0-9 and -", number)
-    for key in set(metadata) - {"name", "namespace", "labels", "annotations"}:
-        cluster.error(("metadata", key), "is no field for a file to set", number)
-    for key, value in {**(metadata.get("labels") or {}), **(metadata.get("annotations") or {})}.items():
-        if not isinstance(value, str):
-            cluster.error(("metadata",), f"{key} is {value!r}; labels and annotations are texts", number)
+def _policy(cluster: ClusterFile, spec: dict[str, Any], number: int) -> None:
+    """A policy that lets everybody in is none."""
+    for place, rule in enumerate(spec.get("ingress") or []):
+        where = ("spec", "ingress", place)
+        if not rule.get("from"):
+            cluster.error(where, "says not from whom (`from`), and so lets everybody in", number)
+        for peer in rule.get("from") or []:
+            everywhere = peer.get("namespaceSelector") == {} and not peer.get("podSelector")
+            block = str(peer.get("ipBlock", {}).get("cidr", ""))
+            if everywhere or block.endswith("/0"):
+                cluster.error(where, f"lets {block or 'the pods of all namespaces'} in", number)
 
 
 def _pods(value: Any, where: Where = ()) -> Iterator[tuple[Where, dict[str, Any]]]:
@@ -335,7 +351,7 @@ def _claims(pod: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _shared(cluster: ClusterFile, where: Where, mounts: list[dict[str, str]], number: int) -> None:
     """Folders that all pods mount from the same claim, which has to let several nodes write."""
     modes = {
-        document["metadata"]["name"]: document["spec"].get("accessModes", [])
+        (document.get("metadata") or {}).get("name"): (document.get("spec") or {}).get("accessModes", [])
         for document in cluster.documents
         if document.get("kind") == "PersistentVolumeClaim"
     }
@@ -358,12 +374,17 @@ def _job(cluster: ClusterFile, document: dict[str, Any], number: int) -> None:
         if name not in JOBS:
             cluster.error(("spec", "entrypoint"), f"runs no job of Ingot; there are {', '.join(JOBS)}", number)
     cluster.jobs = [*(cluster.jobs or []), *names]
+    modes = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
+    if spec.get("submissionMode", modes[0]) not in modes:
+        cluster.error(("spec", "submissionMode"), f"has to be one of {', '.join(modes)}", number)
     if not spec.get("shutdownAfterJobFinishes") and "clusterSelector" not in spec:
         cluster.error(("spec",), "shutdownAfterJobFinishes: true is missing: the cluster would stay, and cost", number)
     if _QUEUE not in (document["metadata"].get("labels") or {}):
         return
     if "clusterSelector" in spec:
         cluster.error(("spec", "clusterSelector"), "Kueue queues no job on a cluster that is there already", number)
+    elif "rayClusterSpec" not in spec:
+        cluster.error(("spec",), "rayClusterSpec is missing: Kueue queues a job with a cluster of its own", number)
     elif spec["rayClusterSpec"].get("enableInTreeAutoscaling"):
         where = ("spec", "rayClusterSpec", "enableInTreeAutoscaling")
         cluster.error(where, "Kueue admits a job as a whole: its pods cannot come and go", number)
@@ -371,12 +392,12 @@ def _job(cluster: ClusterFile, document: dict[str, Any], number: int) -> None:
         cluster.error(("spec", "rayClusterSpec", "workerGroupSpecs"), "Kueue takes at most 7 groups", number)
 
 
-def _queued(cluster: ClusterFile) -> None:
+def _queued(cluster: ClusterFile, documents: dict[int, dict[str, Any]]) -> None:
     """Kueue's objects name each other."""
     by_kind: dict[str, set[str]] = {}
-    for document in cluster.documents:
-        by_kind.setdefault(document.get("kind", ""), set()).add((document.get("metadata") or {}).get("name", ""))
-    for number, document in enumerate(cluster.documents):
+    for document in documents.values():
+        by_kind.setdefault(document["kind"], set()).add(document["metadata"]["name"])
+    for number, document in documents.items():
         if document.get("kind") == "ClusterQueue" and "ResourceFlavor" in by_kind:
             for place, group in enumerate((document.get("spec") or {}).get("resourceGroups") or []):
                 where = ("spec", "resourceGroups", place)

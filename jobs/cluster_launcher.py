@@ -45,7 +45,7 @@ def check(cluster: ClusterFile, needed: dict[str, str]) -> None:
         cluster.error((), "holds several documents, of which `ray up` reads only one")
         return
     provider = config.get("provider")
-    if not isinstance(provider, dict) or provider.get("type") not in _PROVIDER_KEYS:
+    if not isinstance(provider, dict) or str(provider.get("type")) not in _PROVIDER_KEYS:
         cluster.error(("provider",), f"type has to be one of {', '.join(_PROVIDER_KEYS)}; others are not known here")
         return
     kind = provider["type"]
@@ -134,6 +134,17 @@ def _versions(cluster: ClusterFile, config: dict[str, Any], needed: dict[str, st
             for version in re.findall(r"\bpython\s?(3\.\d+)\b|--python (3\.\d+)\b", command):
                 pythons.setdefault("".join(version), (key, number))
             installs |= bool(re.search(r"pip install\b.*\bingot\b", command))
+    _pythons(cluster, pythons, needed)
+    image = str(config.get("docker", {}).get("image", ""))
+    if (found := re.search(r"rayproject/ray[\w-]*:(\d[\w.]*)", image)) and found[1] != needed["ray"]:
+        cluster.error(("docker", "image"), f"holds Ray {found[1]}, but Ingot needs {needed['ray']}")
+    if not installs and not image:
+        cluster.error(("setup_commands",), "install no Ingot: jobs find neither Ray nor PyTorch on the nodes")
+    _mounts(cluster, config)
+
+
+def _pythons(cluster: ClusterFile, pythons: dict[str, Where], needed: dict[str, str]) -> None:
+    """One Python on all nodes, new enough."""
     if len(pythons) > 1:
         cluster.error(("setup_commands",), f"nodes get Python {' and '.join(pythons)}: all have to run the same")
     for version, where in pythons.items():
@@ -141,12 +152,14 @@ def _versions(cluster: ClusterFile, config: dict[str, Any], needed: dict[str, st
             cluster.error(where, f"installs Python {version}, but Ingot needs 3.11 or newer")
         elif version != needed["python"]:
             cluster.note(where, f"nodes get Python {version}, this machine runs {needed['python']}; jobs do not mind")
-    image = str(config.get("docker", {}).get("image", ""))
-    if (found := re.search(r"rayproject/ray[\w-]*:(\d[\w.]*)", image)) and found[1] != needed["ray"]:
-        cluster.error(("docker", "image"), f"holds Ray {found[1]}, but Ingot needs {needed['ray']}")
-    if not installs and not image:
-        cluster.error(("setup_commands",), "install no Ingot: jobs find neither Ray nor PyTorch on the nodes")
+
+
+def _mounts(cluster: ClusterFile, config: dict[str, Any]) -> None:
+    """What is brought to the nodes is here, and what is installed there is brought."""
     mounts = config.get("file_mounts", {})
+    local = re.search(r"pip install\b.*(?:~|\$HOME)/ingot(?![\w-])", " ".join(config.get("setup_commands") or []))
+    if local and not {"~/ingot", "~/ingot/pyproject.toml"} & set(mounts):
+        cluster.error(("file_mounts",), "~/ingot is installed on the nodes, but not brought to them")
     for remote, local in mounts.items():
         if not local.startswith(("~", "/")) and not os.path.exists(local):
             cluster.note(("file_mounts", remote), f"there is no {local!r} here: run `ray up` from the checkout")
@@ -177,5 +190,11 @@ def _secrets(cluster: ClusterFile, config: dict[str, Any]) -> None:
     if not re.search(r"chmod 600 ~/\.ray/auth_token", setup):
         text = "`chmod 600 ~/.ray/auth_token` is missing: others on the node could read the token"
         cluster.error(("setup_commands",), text)
+    if not re.fullmatch(r"[\w-]+", str(config["cluster_name"])):
+        cluster.error(
+            ("cluster_name",), f"is {config['cluster_name']!r}; names and labels of nodes are made of it: a-z, 0-9, -"
+        )
+    if not config.get("auth", {}).get("ssh_user"):
+        cluster.error(("auth",), "ssh_user is missing")
     if config.get("auth", {}).get("ssh_user") == "root":
         cluster.error(("auth", "ssh_user"), "is root: everything that jobs run would be root's")

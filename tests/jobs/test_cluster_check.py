@@ -1,9 +1,11 @@
 """`ingot cluster check`: the files that come with Ingot pass; each damage to one of them gets its own sentence."""
 
+import contextlib
 import gzip
 import importlib.util
 import json
 import os
+import random
 import re
 from pathlib import Path
 
@@ -127,6 +129,8 @@ GCP_NETWORK = """      networkInterfaces:
         ("on-prem.yaml", "head_ip: 192.168.1.10", "head_ip: 127.0.0.1", "would look for the head on themselves"),
         ("on-prem.yaml", "max_workers: 2", "max_workers: 3", "max_workers: is above the 2 worker_ips"),
         ("on-prem.yaml", "ssh_user: ingot", "ssh_user: root", "is root"),
+        ("on-prem.yaml", "  ssh_user: ingot                # not root\n", "", "auth: ssh_user is missing"),
+        ("on-prem.yaml", "  ~/ingot/pyproject.toml: pyproject.toml\n", "", "installed on the nodes, but not brought"),
         ("laptop.yaml", "  head_ip: 127.0.0.1\n", "", "provider: head_ip is missing"),
     ],
 )
@@ -166,6 +170,13 @@ SHM = "                - {name: shm, mountPath: /dev/shm}    # Ray's object stor
             "Kueue admits a job as a whole",
         ),
         ("namespace", "policyTypes: [Ingress]", "policytypes: [Ingress]", "'policytypes' was unexpected"),
+        (
+            "namespace",
+            "          podSelector: {matchLabels: {app.kubernetes.io/name: kuberay-operator}}\n",
+            "",
+            "all namespaces",
+        ),
+        ("rayjob-curate", "submissionMode: K8sJobMode", "submissionMode: JobMode", "has to be one of K8sJobMode"),
         ("redis", "allowPrivilegeEscalation: false, ", "", "allowPrivilegeEscalation: false is missing"),
         ("redis", "runAsUser: 999", "runAsUser: redis", "'redis' is not of type 'integer'"),
         ("kueue", "  clusterQueue: ingot", "  clusterQueue: other", "there is no ClusterQueue other"),
@@ -282,6 +293,27 @@ def test_command_says_what_is_wrong_and_returns_2(damaged, capsys):
     out = capsys.readouterr().out
     assert "RAY_AUTH_MODE=token is missing: whoever reaches the node could run code on it" in out
     assert "1 error" in out
+
+
+def test_whatever_is_in_a_file_is_told_and_not_stumbled_over(tmp_path):
+    """Files of ours with one value of another kind, or without one key."""
+    rng, path = random.Random(0), tmp_path / "cluster.yaml"
+    sources = [list(yaml.safe_load_all(path.read_text())) for path in (*LAUNCHED, *KUBERNETES)]
+    for _ in range(40):
+        documents = json.loads(json.dumps(rng.choice(sources)))  # without parts that are one and the same
+        part = rng.choice(documents)
+        while True:
+            key = rng.choice(list(part) if isinstance(part, dict) else range(len(part)))
+            if not isinstance(part[key], dict | list) or not part[key] or rng.random() < 0.2:
+                break
+            part = part[key]
+        if rng.random() < 0.2:
+            del part[key]
+        else:
+            part[key] = rng.choice(["x", None, 7, -1, True, [], {}, {"a": 1}, ["a"]])
+        path.write_text(yaml.safe_dump_all(documents))
+        with contextlib.suppress(SettingsError):
+            check(str(path))
 
 
 def test_kinds_that_are_not_ours_are_let_pass_and_typos_of_ours_are_not(tmp_path):
