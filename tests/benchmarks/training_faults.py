@@ -93,9 +93,14 @@ def plan(seed: int, may_mount: bool) -> Plan:
 
 
 class Machines:
-    """The cluster: a head with one core, on which the driver runs, and one node with another."""
+    """The cluster: a head with one core, on which the driver runs, and one node with another.
 
-    def __init__(self) -> None:
+    Args:
+        patience: of the campaign; where it is long, nodes are slow to answer too.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self.silences = round(patience / 40)  # half seconds, after which a node counts as dead
         self.start()
 
     def start(self) -> None:
@@ -105,7 +110,7 @@ class Machines:
         quick = {
             "health_check_initial_delay_ms": 1000,
             "health_check_period_ms": 500,
-            "health_check_failure_threshold": 6,
+            "health_check_failure_threshold": self.silences,
         }
         head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick, "object_store_memory": 80 << 20}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -164,7 +169,7 @@ class Campaign:
         self._make_tokens()
         os.makedirs(self.runs, exist_ok=True)
         self.mounted = mount("-t", "tmpfs", "-o", "size=48m", "tmpfs", self.runs)
-        self.machines = Machines()
+        self.machines = Machines(patience)
         self.undisturbed: dict[bool, np.ndarray] = {}
 
     def _make_tokens(self) -> None:
