@@ -33,6 +33,7 @@ Next = Trial | Literal["wait", "done"]
 
 _RANDOM_SHARE = 1 / 3  # BOHB's rho
 _QUARTER = 0.25  # PBT's truncation selection
+_ENOUGH_FAILURES = 3  # to take it that the sweep itself cannot work
 
 
 class Plan:
@@ -59,11 +60,17 @@ class Plan:
         budget = self.settings.budget_hours
         return budget is not None and self.trials.hours() * self.share >= budget
 
+    def hopeless(self) -> bool:
+        """Whether some trials have failed of this start, and nothing else has come of any."""
+        states = [trial.state for trial in self.trials.all.values() if trial.name not in self.failed]
+        measured = any(trial.losses for trial in self.trials.all.values())
+        return not measured and states.count("failed") >= _ENOUGH_FAILURES
+
     def next(self) -> Next:
         """The trial to start, or to go on with; noted down already. "wait" until others are done, "done" for good."""
         if self.interrupted:
             return self.trials.all[self.interrupted.pop(0)]
-        if self.spent():
+        if self.spent() or self.hopeless():
             return "done"
         if self.failed:
             return self.trials.again(self.failed.pop(0))

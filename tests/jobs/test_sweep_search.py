@@ -139,6 +139,15 @@ def test_failed_trials_are_tried_once_more_and_those_that_diverged_are_not(tmp_p
     assert again.next() == "done"
 
 
+def test_a_sweep_all_of_whose_first_trials_fail_ends_and_may_be_started_again(tmp_path):
+    for _ in range(2):
+        plan = plan_of(job(trials=10), tmp_path)
+        for name in ("000", "001", "002"):
+            assert plan.next().name == name
+            plan.trials.end(name, "failed", 1.0, "planted")
+        assert plan.next() == "done"
+
+
 def test_more_trials_may_be_asked_for_later(tmp_path):
     play(plan_of(job(trials=3), tmp_path))
     more = plan_of(job(trials=5), tmp_path)
