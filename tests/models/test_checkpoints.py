@@ -1,7 +1,9 @@
 """What makes a folder a checkpoint."""
 
+import torch
+
 from jobs.run_folder import StoredRun
-from models.training.checkpoints import read_receipt, write_receipt
+from models.training.checkpoints import load, read_receipt, save, write_receipt
 
 
 def test_a_receipt_with_any_flipped_bit_is_no_receipt(tmp_path):
@@ -19,3 +21,21 @@ def test_a_receipt_with_any_flipped_bit_is_no_receipt(tmp_path):
     path.write_bytes(content[: len(content) // 2])
     assert read_receipt(run, folder) is None
     assert read_receipt(run, "checkpoints/step-00000020") is None
+
+
+def test_a_checkpoint_brings_the_optimizers_state_and_leaves_its_settings(tmp_path):
+    run = StoredRun(str(tmp_path))
+
+    def made(**settings):
+        model = torch.nn.Linear(2, 2)
+        return model, torch.optim.AdamW(model.parameters(), **settings)
+
+    model, optimizer = made(weight_decay=0.1, betas=(0.9, 0.95))
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    save(run, "checkpoints/step-00000001", model, optimizer, {})
+    other, newer = made(weight_decay=0.3, betas=(0.8, 0.9))
+    assert load(run, "checkpoints/step-00000001", other, newer) is not None
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(newer.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+    assert (newer.param_groups[0]["weight_decay"], newer.param_groups[0]["betas"]) == (0.3, (0.8, 0.9))
