@@ -38,7 +38,11 @@ def main(arguments: list[str]) -> int:
     for path in chosen.file:
         try:
             cluster, plans = check(path, chosen.config)
-        except (SettingsError, FileNotFoundError) as error:
+        except FileNotFoundError as error:
+            print(f"error: {error.filename}: there is no such file", file=sys.stderr)
+            wrong += 1
+            continue
+        except SettingsError as error:
             print(f"error: {error}", file=sys.stderr)
             wrong += 1
             continue
@@ -141,7 +145,7 @@ def report(cluster: ClusterFile, plans: list[Plan]) -> list[str]:
         lines += ["", *_table(rows)]
         if seen:
             lines.append(f"  with the head, without disks and traffic; prices as noted in the file, oldest of {seen}")
-    lines += ["", f"  {len(errors)} errors" if errors else "  nothing wrong"]
+    lines += ["", f"  {len(errors)} error{'s' * (len(errors) > 1)}" if errors else "  nothing wrong"]
     return lines
 
 
