@@ -5,7 +5,9 @@ Huber loss between logarithms of predicted and measured losses with L-BFGS from 
 "Chinchilla Scaling: A replication attempt", found that the published constants came from a minimization that had
 stopped early; here the logarithms of N and D are centred and the objective is of the order of 1, so that it does not.
 
-Few measurements do not determine five constants, so fewer are free when there are few (``Form``).
+A ladder of few runs does not determine five constants: at a single ratio of tokens to parameters fewer are free
+(``Form``), and the exponents are held near those that were published, by a prior that counts for little more than one
+measurement: hundreds of runs override it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from scipy.optimize import minimize
 DELTA = 1e-3  # Huber's, in log loss: Hoffmann et al.'s
 NOISE = 0.003  # relative standard deviation of a final loss between runs that differ only in their seed
 _NOISE_WEIGHT = 4  # measurements that NOISE counts as beside those there are
+_EXPONENT = 0.35  # Hoffmann et al. and Besiroglu et al. have 0.28 to 0.37, approaches 1 and 2 near 0.5
+_EXPONENT_SPREAD = 0.4  # of its logarithm: a factor of 1.5
 _STARTS = 12  # of the grid's points, the best of which are minimized from
 _EXPONENTS = (0.02, 2.0)
 _SAME_RATIO = 1.15  # tokens a parameter that differ by less are one ratio
@@ -61,20 +65,18 @@ class Law:
 class Form(Enum):
     """Which constants are free, by what the measurements can tell apart.
 
-    FULL: all five. SHARED: alpha = beta, as compute-optimal training with a fixed ratio of tokens to parameters has it
-    (Hoffmann et al.'s approaches 1 and 2). LINE: measurements at one ratio only; alpha = beta, and that ratio is taken
-    for the compute-optimal one, which decides how much of the loss is due to N and how much to D. Along the line of
-    that ratio this assumption changes nothing.
+    FULL: all five. LINE: measurements at one ratio of tokens to parameters; alpha = beta, and that ratio is taken for
+    the compute-optimal one, which decides how much of the loss is due to N and how much to D. Along the line of that
+    ratio this assumption changes nothing.
     """
 
     FULL = "E, A, B, alpha, beta"
-    SHARED = "E, A, B, alpha = beta"
     LINE = "E, alpha = beta, A and B in the proportion for which the measured ratio is compute-optimal"
 
     @property
     def free(self) -> int:
         """Number of free constants."""
-        return {Form.FULL: 5, Form.SHARED: 4, Form.LINE: 3}[self]
+        return {Form.FULL: 5, Form.LINE: 3}[self]
 
 
 def form_for(parameters: ArrayLike, tokens: ArrayLike) -> Form:
@@ -85,12 +87,10 @@ def form_for(parameters: ArrayLike, tokens: ArrayLike) -> Form:
     """
     n, d = np.asarray(parameters, float), np.asarray(tokens, float)
     ratios, sizes = np.sort(d / n), len(np.unique(np.round(np.log(n), 2)))
-    several = ratios[-1] / ratios[0] > _SAME_RATIO
     if sizes < 3 or len(n) < 4:
         raise ValueError(f"{len(n)} runs of {sizes} sizes; a scaling law wants at least 4, of 3 sizes")
-    if not several:
-        return Form.LINE
-    return Form.FULL if len(n) >= 10 and sizes >= 4 else Form.SHARED
+    several = ratios[-1] / ratios[0] > _SAME_RATIO
+    return Form.FULL if several and len(n) > Form.FULL.free else Form.LINE
 
 
 def fit(parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike, form: Form | None = None) -> Law:
@@ -135,9 +135,9 @@ class Fitted:
 
     def measured(self, parameters: float, tokens: float, confidence: float = 0.9) -> tuple[float, float]:
         """Where the loss of one more run will be measured: as ``interval``, with the noise of that run itself."""
-        random = np.random.default_rng(0)
-        values = [float(law.loss(parameters, tokens)) for law in self.draws]
-        values = np.asarray(values) * np.exp(self.noise * random.standard_normal(len(values)))
+        losses = np.array([float(law.loss(parameters, tokens)) for law in self.draws])
+        scatter = np.random.default_rng(0).standard_normal((20, len(losses)))
+        values = losses * np.exp(self.noise * scatter)
         low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
         return float(low), float(high)
 
@@ -181,7 +181,8 @@ def fit_with_uncertainty(
     laws = []
     for spread in noise:
         drawn = predicted + spread * random.standard_normal(len(measured))
-        laws.append(problem.law(problem.solve(drawn, starts=[best])))
+        prior = math.log(_EXPONENT) + _EXPONENT_SPREAD * random.standard_normal()  # as uncertain as the losses
+        laws.append(problem.law(problem.solve(drawn, starts=[best], prior=prior)))
     return Fitted(problem.law(best), problem.form, laws, noise, residuals)
 
 
@@ -198,9 +199,9 @@ class _Problem:
         # The five are linear in those that are free. LINE, with a = b: at the optimum alpha·A/N^alpha = beta·B/D^beta.
         self.matrix = {
             Form.FULL: np.eye(5),
-            Form.SHARED: np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1]], float),
             Form.LINE: np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]], float),
         }[self.form]
+        self.exponents = {Form.FULL: slice(3, 5), Form.LINE: slice(2, 3)}[self.form]  # among the free ones
 
     def terms(self, free: np.ndarray) -> np.ndarray:
         """Logarithms of the law's three terms at each measurement, (3, runs)."""
@@ -217,19 +218,27 @@ class _Problem:
         scaled = (math.exp(e), math.exp(a + alpha * self.n0), math.exp(b + beta * self.d0), alpha, beta)
         return Law(*(float(constant) for constant in scaled))
 
-    def solve(self, log_losses: np.ndarray, starts: list[np.ndarray] | None = None) -> np.ndarray:
-        """The free constants that fit best, from the best of a grid of starts or from those that are given."""
+    def solve(
+        self, log_losses: np.ndarray, starts: list[np.ndarray] | None = None, prior: float = math.log(_EXPONENT)
+    ) -> np.ndarray:
+        """The free constants that fit best, from the best of a grid of starts or from those that are given.
+
+        Args:
+            log_losses: (runs,).
+            starts: None takes the grid.
+            prior: logarithm of what the exponents are held near.
+        """
         if starts is None:
             grid = np.array(list(self._grid(float(np.exp(log_losses).min()))))
-            values = [self._objective(start, log_losses)[0] for start in grid]
+            values = [self._objective(start, log_losses, prior)[0] for start in grid]
             starts = list(grid[np.argsort(values)[:_STARTS]])
-        column = [int(np.flatnonzero(self.matrix[:, i])[0]) for i in range(self.form.free)]
-        bounds = [_EXPONENTS if row >= 3 else (-30.0, 10.0) for row in column]
+        bounds = [(-30.0, 10.0)] * self.form.free
+        bounds[self.exponents] = [_EXPONENTS] * len(bounds[self.exponents])
         found = [
             minimize(
                 self._objective,
                 start,
-                args=(log_losses,),
+                args=(log_losses, prior),
                 jac=True,
                 method="L-BFGS-B",
                 bounds=bounds,
@@ -252,17 +261,20 @@ class _Problem:
             five = [math.log(rest * part), math.log(rest * (1 - part)), math.log(lowest * share), alpha, beta]
             yield np.linalg.lstsq(self.matrix, np.array(five), rcond=None)[0]
 
-    def _objective(self, free: np.ndarray, log_losses: np.ndarray) -> tuple[float, np.ndarray]:
-        """Sum of Huber losses over DELTA^2, and its gradient."""
+    def _objective(self, free: np.ndarray, log_losses: np.ndarray, prior: float) -> tuple[float, np.ndarray]:
+        """Sum of Huber losses over DELTA^2 with the prior's term, and its gradient."""
         terms = self.terms(free)
         predicted = np.logaddexp.reduce(terms)
         off = (predicted - log_losses) / DELTA
-        small = np.abs(off) <= 1
-        value = np.where(small, 0.5 * off**2, np.abs(off) - 0.5).sum()
+        value = np.where(np.abs(off) <= 1, 0.5 * off**2, np.abs(off) - 0.5).sum()
         slope = np.clip(off, -1, 1) / DELTA
         share = np.exp(terms - predicted) * slope  # of each term in the predicted loss, times the slope
-        five = np.array([share[0].sum(), share[1].sum(), share[2].sum(), -(share[0] @ self.x), -(share[1] @ self.y)])
-        return float(value), self.matrix.T @ five
+        five = [share[0].sum(), share[1].sum(), share[2].sum(), -(share[0] @ self.x), -(share[1] @ self.y)]
+        gradient = self.matrix.T @ np.array(five)
+        exponents, weight = free[self.exponents], (NOISE / DELTA) ** 2
+        away = (np.log(exponents) - prior) / _EXPONENT_SPREAD
+        gradient[self.exponents] += weight * away / (_EXPONENT_SPREAD * exponents)
+        return float(value + 0.5 * weight * np.sum(away**2)), gradient
 
 
 def constants(law: Law) -> dict[str, float]:

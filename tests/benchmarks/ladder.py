@@ -1,12 +1,14 @@
-"""Whether a ladder of small sizes foretells the loss of a bigger one, which is then trained.
+r"""Whether a ladder of small sizes foretells the loss of a bigger one, which is then trained.
 
     python -m tests.benchmarks.ladder --workspace W
-    python -m tests.benchmarks.ladder --workspace W --device gpu --widths 128 192 256 320 --target 640 --layers 8 \
-        --head 64 --batch 64 --length 512 --lr 0.004 --base-width 256
+    python -m tests.benchmarks.ladder --workspace W --device gpu --widths 64 96 128 160 --target 384 --layers 4 \
+        --head 32 --batch 64 --length 256 --lr 0.004 --base-width 128
 
-W holds tokens (`ingot tokenize`), for the defaults of some 1,000 kinds, of which the target sees 8.6 million. Trains
-`ingot tune ladder` with the target's shape and its run as settings, then the target itself, and prints the prediction,
-its interval, the truth, and the error, for the whole ladder and for its runs at the target's own ratio alone.
+W holds tokens (`ingot tokenize`). The first, for two cores, wants a vocabulary of some 1,000: its target has 430,000
+parameters and sees 4.3 million tokens. The second, for one GPU, wants one of some 4,000; 8.6 million parameters, 86
+million tokens. Trains `ingot tune ladder` with the target's run as settings, then the target itself, and prints the
+prediction, its interval, the truth, and the error, for the whole ladder and for its runs at the target's own ratio of
+tokens to parameters alone. Run again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -41,17 +43,17 @@ def main() -> None:
         "--ratios",
         type=float,
         nargs="+",
-        default=[20.0, 10.0, 40.0],
+        default=[10.0, 20.0],
         help="the first is the target's",
     )
     parser.add_argument("--batch", type=int, default=8, help="sequences in a step")
     parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--lr", type=float, default=0.003)
     parser.add_argument("--base-width", type=int, default=32, help="d_model that the learning rate is for")
+    parser.add_argument("--compile", action="store_true", help="worth its half minute a run for long runs only")
     parser.add_argument("--gpu-hours", type=float, default=1.0)
     given = parser.parse_args()
     logs.configure()
-    gpu = given.device == "gpu"
     heads = given.target // given.head
     base = PretrainJob(
         workspace=storage.absolute(given.workspace),
@@ -67,11 +69,11 @@ def main() -> None:
         global_batch=given.batch,
         sequence_length=given.length,
         device=given.device,
-        compile=gpu,
+        compile=given.compile,
         optimizer=OptimizerConfig(lr=given.lr),
         schedule=ScheduleConfig(kind="wsd", decay_fraction=0.3, min_ratio=0.0, warmup_steps=1),
         spikes=SpikeConfig(enabled=False),
-        checkpoint_every=10**9,
+        checkpoint_every=500,
         validate_every=10**9,
         validation_samples=2048,
         host_snapshots=0,
