@@ -211,8 +211,8 @@ def _scheduler(settings: TuneJob, plan: Plan) -> Any:
     for trial in ended.values():
         scheduler.on_trial_add(None, trial)
     for name, step, loss in plan.trials.told:
-        if name in ended:
-            scheduler.on_trial_result(_Nobody(), ended[name], {"step": step, METRIC: loss})
+        if name in ended and scheduler.on_trial_result(_Nobody(), ended[name], {"step": step, METRIC: loss}) == "STOP":
+            del ended[name]
     return scheduler
 
 
