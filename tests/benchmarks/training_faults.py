@@ -113,15 +113,12 @@ class Machines:
             "health_check_failure_threshold": self.silences,
         }
         head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick, "object_store_memory": 80 << 20}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.cluster = patiently_started(lambda: Cluster(initialize_head=True, head_node_args=head))
         self.node = self.add()
 
     def add(self):
-        """One more node; a machine that is busy with other things may need some attempts to start it."""
-        for _ in range(4):
-            with contextlib.suppress(Exception):  # Ray raises no other
-                return self.cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
-        return self.cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        """One more node."""
+        return patiently_started(lambda: self.cluster.add_node(num_cpus=1, object_store_memory=80 << 20))
 
     def replace(self, sig: int | None) -> None:
         """A new node for the old one, whose raylet gets a signal, or which has gone already."""
@@ -157,6 +154,14 @@ class Machines:
     def address(self) -> str:
         """Of the head."""
         return self.cluster.address
+
+
+def patiently_started(start):
+    """What ``start`` gives; a machine that is busy with other things may need some attempts, as Ray waits 30 s only."""
+    for _ in range(4):
+        with contextlib.suppress(Exception):  # Ray raises no other
+            return start()
+    return start()
 
 
 class Campaign:
