@@ -312,7 +312,7 @@ def _sweeps(workspace: str) -> str:
     for file in files:
         result = storage.read_json(file.uri)
         trials = result["trials"]
-        header = list(dict.fromkeys(key for trial in trials for key in trial))
+        header = [key for key in dict.fromkeys(key for trial in trials for key in trial) if key != "lineage"]
         rows = [[value(trial.get(key, "")) for key in header] for trial in trials]
         name = file.uri.rstrip("/").rsplit("/", 2)[-2]
         out.append(table(f"Sweep {name}", header, rows))

@@ -463,15 +463,14 @@ class TuneJob(InWorkspace):
         # Rounding d_ff to a size that kernels like does no harm.
         keeps = keeps and (proxy.n_heads, proxy.n_kv_heads) == (wide.n_heads / ratio, wide.n_kv_heads / ratio)
         keeps = keeps and abs(proxy.d_ff * ratio / wide.d_ff - 1) < 0.05
-        shape = {name: getattr(wide, name) for name in same} | {"d_ff / d_model": round(wide.d_ff / wide.d_model, 3)}
-        groups = wide.n_heads // wide.n_kv_heads
+        unit = head * wide.n_heads // wide.n_kv_heads  # a narrow model has a whole number of groups of heads
+        narrow = unit * max(round(width / unit), 1)
+        example = {"d_model": narrow, "n_heads": narrow // head, "n_kv_heads": narrow // unit}
+        example |= {"d_ff": round(wide.d_ff * narrow / wide.d_model)} | {name: getattr(wide, name) for name in same}
         require(
-            keeps,
-            "pretrain.model",
-            {name: getattr(proxy, name) for name in ("d_model", "n_heads", "n_kv_heads", "d_ff", *same)},
-            f"transfer_to's but for its width: d_model a multiple of {head * groups}, n_heads d_model / {head}, "
-            f"n_kv_heads n_heads / {groups}, and {shape}",
-        )
+            keeps, "pretrain.model", {name: getattr(proxy, name) for name in example},
+            f"what transfer_to is but for its width, such as {example}",
+        )  # fmt: skip
 
     def dimensions(self) -> dict[str, SearchDimension]:
         """The search space, settings by their dotted name."""

@@ -262,7 +262,9 @@ def target_recipe(settings: TuneJob, best: Trial) -> str:
     proxy = settings.pretrain.model
     shape = proxy.config(256, settings.pretrain.length())
     model = replace(settings.transfer_to, base_width=proxy.base_width or shape.d_model)
-    recipe = replace(_with(settings.pretrain, best.settings), model=model, name="target", workspace=settings.workspace)
+    tuned = _with(settings.pretrain, best.settings)
+    # Presets have lengths of their own.
+    recipe = replace(tuned, model=model, sequence_length=tuned.length(), name="target", workspace=settings.workspace)
     head = [
         f"Found by a sweep at width {shape.d_model}: validation loss {best.loss:.4f} after {best.step} steps.",
         *_moves(best),
