@@ -19,7 +19,7 @@ from jobs.cluster_recipe import Plan, check_storage, needs, plan
 from jobs.settings import SettingsError
 
 # What our files say until somebody puts in their own.
-_PLACEHOLDERS = r"your-project|your-bucket|youraccount|registry\.example\.com|0{8}-0{4}-0{4}-0{4}-0{12}"
+_PLACEHOLDERS = r"your-project|your-bucket|sg-your-group|youraccount|registry\.example\.com|0{8}-0{4}-0{4}-0{4}-0{12}"
 
 
 def main(arguments: list[str]) -> int:

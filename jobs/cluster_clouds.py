@@ -139,24 +139,10 @@ def _network(cluster: ClusterFile, config: dict[str, Any], provider: str) -> Non
         text = "cache_stopped_nodes: false is missing: stopped nodes would go on paying for their disks"
         cluster.error(("provider",), text)
     if provider == "aws":
-        rules = settings.get("security_group", {}).get("IpPermissions")
-        if not rules:
-            text = "security_group.IpPermissions is missing: Ray would open ssh to the world"
-            cluster.error(("provider",), text)
-        for number, rule in enumerate(rules or []):
-            where = ("provider", "security_group", "IpPermissions", number)
-            for source in [*rule.get("IpRanges", []), *rule.get("Ipv6Ranges", [])]:
-                _source(cluster, where, str(source.get("CidrIp", source.get("CidrIpv6"))))
-
-
-def _source(cluster: ClusterFile, where: Where, network: str) -> None:
-    try:
-        allowed = ipaddress.ip_network(network)
-    except ValueError as error:
-        cluster.error(where, f"{network!r} is no network: {error}")
-        return
-    if allowed.prefixlen == 0:
-        cluster.error(where, f"lets the whole world in ({network}); name the network that ssh comes from")
+        for name, node in config["available_node_types"].items():
+            if not node["node_config"].get("SecurityGroupIds"):
+                text = "SecurityGroupIds is missing: the group that Ray would make lets ssh in from everywhere"
+                cluster.error(("available_node_types", name, "node_config"), text)
 
 
 def _disk(cluster: ClusterFile, where: Where, size: Any) -> None:

@@ -75,7 +75,7 @@ def test_files_that_come_with_ingot_have_no_errors(path):
         ("InstanceType: r7i.4xlarge", "InstanceTyp: r7i.4xlarge", "EC2 would refuse it: Unknown parameter in input"),
         ("MarketType: spot", "MarketType: spott", "EC2 knows no 'spott'"),
         ("InstanceType: r7i.4xlarge", "InstanceType: r7i.5xlarge", "EC2 knows no 'r7i.5xlarge'; there are r7i"),
-        ("CidrIp: 10.0.0.0/8", "CidrIp: 0.0.0.0/0", "lets the whole world in (0.0.0.0/0)"),
+        ("      SecurityGroupIds: [sg-your-group]\n", "", "the group that Ray would make lets ssh in from everywhere"),
         ("  use_internal_ips: true\n", "", "use_internal_ips: true is missing"),
         ("HttpTokens: required", "HttpTokens: optional", "HttpTokens has to be `required`"),
         ("VolumeSize: 200", "VolumeSize: 40", "a disk of 40 GB is too small"),
