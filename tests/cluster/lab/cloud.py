@@ -29,6 +29,7 @@ class Cloud:
 
     Attributes:
         spot_capacity: whether there are spot instances to be had.
+        refused: how often one was asked for when there were none.
     """
 
     def __init__(self, lab, boot_seconds=3.0):
@@ -38,7 +39,7 @@ class Cloud:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.lab, self.boot_seconds = lab, boot_seconds
         self.requests, self.notices, self.on, self.profiles = [], {}, {}, {}
-        self.spot_capacity = True
+        self.spot_capacity, self.refused = True, 0
         call("ip", "addr", "add", f"{METADATA}/32", "dev", "br0")
         self.url = f"http://{lab.address.ip}:{PORT}"
         self._write_down()
@@ -64,6 +65,15 @@ class Cloud:
         """Ray's node types of the instances that are there."""
         return sorted(instance["Tags"].get("ray-user-node-type", "?") for instance in self.instances())
 
+    def security_group(self, name):
+        """Make a security group as the cluster's file asks for, and return its id."""
+        (vpc,) = self.ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
+        group = self.ec2.create_security_group(GroupName=name, Description=name, VpcId=vpc["VpcId"])["GroupId"]
+        inside = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
+        ssh = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": vpc["CidrBlock"]}]}
+        self.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[inside, ssh])
+        return group
+
     def announce(self, instance, seconds):
         """Tell an instance that it will be taken back."""
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
@@ -80,19 +90,23 @@ class Cloud:
     def _write_down(self):
         from moto.core.responses import BaseResponse
         from moto.ec2.exceptions import EC2ClientError
+        from moto.ec2.responses.instances import InstanceResponse
 
-        dispatch = BaseResponse.call_action
+        call, run = BaseResponse.call_action, InstanceResponse.run_instances
 
         def call_action(response):
             request = {name: values[-1] for name, values in response.querystring.items()}
             if not request.get("Action", "").startswith("Describe"):
                 self.requests.append(request)
-            if request.get("InstanceMarketOptions.MarketType") == "spot" and not self.spot_capacity:
-                self.lab.tell(f"cloud: has no spot {request['InstanceType']}")
-                raise EC2ClientError("InsufficientInstanceCapacity", "There is no Spot capacity available.")
-            return dispatch(response)
+            return call(response)
 
-        BaseResponse.call_action = call_action
+        def run_instances(response):
+            if "InstanceMarketOptions.MarketType" in response.querystring and not self.spot_capacity:
+                self.refused += 1
+                raise EC2ClientError("InsufficientInstanceCapacity", "There is no Spot capacity available.")
+            return run(response)
+
+        BaseResponse.call_action, InstanceResponse.run_instances = call_action, run_instances
 
     def _boot_and_end(self):
         while True:

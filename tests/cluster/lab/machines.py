@@ -97,7 +97,9 @@ class Laptop:
     """
 
     def __init__(self, folder, address, user, environment=None):
-        self.folder, self.user, self.environment = Path(folder), user, environment or {}
+        self.folder, self.user = Path(folder), user
+        # All machines share the cores of one, on which Ray's own processes may start more slowly than Ray bears.
+        self.environment = {"RAY_agent_register_timeout_ms": "180000", **(environment or {})}
         self.address = ipaddress.ip_interface(address)
         self.began = time.monotonic()
         self.facts, self.machines, self.cluster_file = {}, {}, None
@@ -165,7 +167,7 @@ class Laptop:
 
     def let_itself_in(self, keys):
         """An sshd on the laptop, on its loopback alone."""
-        furnish(self.folder, self.home, "127.0.0.1", keys, {})
+        furnish(self.folder, self.home, "127.0.0.1", keys, self.environment)
         subprocess.Popen(
             ["/usr/sbin/sshd", "-D", "-e", "-f", str(self.folder / "sshd_config")], stderr=subprocess.DEVNULL
         )

@@ -1,6 +1,5 @@
 """The laptop's side of the laboratory on machines over ssh: brings cluster/on-prem.yaml up, works on it, breaks it."""
 
-import contextlib
 import os
 import sys
 import time
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import yaml
 from machines import ROOT, Laptop, call, for_the_laboratory
-from strangers import leftovers, open_ports, scan, without_token
+from strangers import gone, open_ports, scan, without_token
 from training_bench import events_of, processes, token_record
 from work import WORKSPACE, pretraining, start, submit, write_recipe
 
@@ -61,9 +60,7 @@ def main(folder):
 
     lab.run("ray", "down", "-y", str(path), log="down.log")
     lab.tell("`ray down` is done: it has stopped the head, whose loss the others notice after a minute")
-    with contextlib.suppress(TimeoutError):
-        lab.until("nothing of Ray is left on the hosts", lambda: not any(map(leftovers, machines)), 240, every=5)
-    lab.note(left={machine.name: leftovers(machine) for machine in machines})
+    gone(lab, machines)
 
 
 def lose_a_host(lab, machines, recipe):

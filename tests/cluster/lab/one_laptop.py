@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 from machines import ROOT, Laptop, call, for_the_laboratory
-from strangers import leftovers, listening, open_ports, without_token
+from strangers import gone, listening, open_ports, without_token
 from work import submit, write_recipe
 
 IP = "192.168.1.1"
@@ -34,8 +34,7 @@ def main(folder):
         f"ports that open at {IP}: {lab.facts['open_from_outside']}, on the loopback: {lab.facts['open_on_loopback']}"
     )
     lab.run("ray", "down", "-y", str(path), log="down.log")
-    lab.note(left=leftovers(lab))
-    lab.tell(f"`ray down` is done; left: {lab.facts['left']}")
+    gone(lab, [lab])
 
 
 if __name__ == "__main__":

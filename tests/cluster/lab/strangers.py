@@ -1,5 +1,6 @@
 """What someone on the network without the token gets from a cluster: which ports open, and what they answer."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -144,3 +145,10 @@ def leftovers(machine):
     rows = machine.inside("ps", "-eo", "args", "--no-headers").splitlines()
     ours = [row for row in rows if any(name in row for name in ("ray::", "raylet", "gcs_server", "site-packages/ray/"))]
     return ours + [f"port {port} {program}" for _, port, program in listening(machine) if program != "sshd"]
+
+
+def gone(lab, machines):
+    """Wait until nothing of Ray is left on machines, and write down what is there in the end."""
+    with contextlib.suppress(TimeoutError):
+        lab.until("nothing of Ray is left", lambda: not any(map(leftovers, machines)), 240, every=3)
+    lab.note(left=[row for machine in machines for row in leftovers(machine)])

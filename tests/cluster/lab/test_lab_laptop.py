@@ -15,7 +15,7 @@ def facts(tmp_path_factory):
 
 def test_nothing_listens_on_other_than_loopback_addresses(facts):
     assert facts["open_from_outside"] == []
-    assert {address for address, _, _ in facts["listeners"]} <= {"127.0.0.1", "::1"}
+    assert {address for address, _, _ in facts["listeners"]} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert {6379, 8265} <= set(facts["open_on_loopback"])
 
 
