@@ -4,6 +4,9 @@ A ladder of sizes, which are the target in narrow, is trained at compute-optimal
 scaling law (``jobs.scaling_law``) fitted to their final losses predicts the target's, and the best size and number of
 tokens for a budget of GPU hours. The learning rate carries over between the widths by muP (``models.widths``).
 
+The intervals are about how losses scatter, not about whether a power law holds at all: rungs that see a few million
+tokens have not got to where it does, and the target then lies outside.
+
 Sizes are counted in parameters of matrix products, the output head with them and the input embedding not: those that
 training spends its floating-point operations on (``ModelConfig.n_matmul_params``).
 """

@@ -5,10 +5,13 @@ r"""Whether a ladder of small sizes foretells the loss of a bigger one, which is
         --head 32 --batch 64 --length 256 --lr 0.004 --base-width 128
 
 W holds tokens (`ingot tokenize`). The first, for two cores, wants a vocabulary of some 1,000: its target has 430,000
-parameters and sees 4.3 million tokens. The second, for one GPU, wants one of some 4,000; 8.6 million parameters, 86
+parameters and sees 8.6 million tokens. The second, for one GPU, wants one of some 4,000; 8.6 million parameters, 173
 million tokens. Trains `ingot tune ladder` with the target's run as settings, then the target itself, and prints the
 prediction, its interval, the truth, and the error, for the whole ladder and for its runs at the target's own ratio of
 tokens to parameters alone. Run again, it goes on where it was.
+
+What was too small: the first with --ratios 10 20, whose rungs see 0.25 to 2 million tokens. The law foretold 3.604
+(3.496 to 3.774), measured was 3.408, 5.7 % off: models in their first million tokens do not follow a power law yet.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ def main() -> None:
         "--ratios",
         type=float,
         nargs="+",
-        default=[10.0, 20.0],
+        default=[20.0, 40.0],
         help="the first is the target's",
     )
     parser.add_argument("--batch", type=int, default=8, help="sequences in a step")
@@ -57,7 +60,7 @@ def main() -> None:
     heads = given.target // given.head
     base = PretrainJob(
         workspace=storage.absolute(given.workspace),
-        name=f"{given.name}-target",
+        name=f"{given.name}-target-t{given.ratios[0]:g}",
         model=ModelSettings(
             d_model=given.target,
             n_layers=given.layers,
