@@ -248,6 +248,7 @@ def _mild(kind: Any, steps: int) -> Any:
 
 
 _DRAW_EVERY = 10.0  # seconds
+_FREE_EVERY = 1.0
 
 
 class _Notes(tune.Callback):
@@ -261,7 +262,18 @@ class _Notes(tune.Callback):
     def __init__(self, plan: Plan, draw: Callable[[], None]) -> None:
         self.plan, self.draw = plan, draw
         self.clocks: dict[str, float] = {}
-        self.drawn = 0.0
+        self.drawn = self.freed = 0.0
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        """Free what the Ray Train runs of trials that were stopped have held.
+
+        Ray Train does so itself only where a dashboard runs that answers.
+        """
+        from jobs.trainer import free_what_the_dead_held  # with PyTorch, which trials' processes need not import
+
+        if time.monotonic() - self.freed > _FREE_EVERY:
+            free_what_the_dead_held()
+            self.freed = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Its clock runs."""

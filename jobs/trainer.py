@@ -68,7 +68,7 @@ def fit(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: bool, ca
             if not isinstance(error, ControllerError):  # it could not tell itself
                 _tell(folder, error)
             time.sleep(pause)
-            _free_what_it_held()
+            free_what_the_dead_held()
         else:
             return
 
@@ -101,7 +101,7 @@ def _ray_lives() -> bool:
         return False
 
 
-def _free_what_it_held() -> None:
+def free_what_the_dead_held() -> None:
     """Remove the placement groups of controllers that died, and with them workers that are left.
 
     Ray frees them only when the whole job ends. Ray Train's own cleaner asks the dashboard, which a session that was
@@ -116,7 +116,9 @@ def _free_what_it_held() -> None:
     job = ray.get_runtime_context().get_job_id()
     for serialized in state._connect_and_get_accessor().get_placement_group_table():
         found = PlacementGroupTableData.FromString(serialized)
-        ours = found.creator_job_id.hex() == job and found.creator_actor_dead and not found.is_detached
+        # What was made by no actor, as by Ray Tune in a driver, counts as made by one that is dead.
+        by_actor = not ray.ActorID(found.creator_actor_id).is_nil()
+        ours = found.creator_job_id.hex() == job and by_actor and found.creator_actor_dead and not found.is_detached
         if ours and found.state != PlacementGroupTableData.REMOVED:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(found.placement_group_id)))
 

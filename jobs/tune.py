@@ -81,8 +81,7 @@ def sweep(settings: TuneJob, objective: Objective, tokens: str = "") -> list[dic
 def _run(settings: TuneJob, space: list[Dimension], trials: Trials, folder: str, objective: Objective) -> float:
     """Run the trials that are left; returns the GPUs, or CPU cores, that each of them took."""
     base = settings.pretrain
-    # Ray Train frees the cores of a trial that was stopped by asking the dashboard whether its controller is gone.
-    with ray_session(math.ceil(base.workers * base.cpus_per_worker), dashboard=True) as only_this_machine:
+    with ray_session(math.ceil(base.workers * base.cpus_per_worker)) as only_this_machine:
         if only_this_machine:
             require_gpus(base)
         from jobs.sweep_runner import Resources, run_trials  # imports Tune

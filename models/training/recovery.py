@@ -103,13 +103,13 @@ class Recovery:
         self.commit()
         if self.saved():
             return
-        measured = self.losses.validated_at == self.state.step
+        validation = self.losses.validation if self.losses.validated_at == self.state.step else {}
         facts = {
             "state": self.state.state_dict(),
             "detector": self.detector.state_dict(),
             "loss": self.losses.training,
             "status": status,
-            "validation_loss": self.losses.validation.get("validation_loss") if measured else None,
+            "validation": validation,
         }
         self.checkpoints.begin(self.state.step, f"checkpoints/step-{self.state.step:08d}", facts)
         if not self.checkpoints.background:
@@ -142,7 +142,7 @@ class Recovery:
                 written.facts["loss"],
                 written.folder,
                 written.facts["status"],
-                validation_loss=written.facts["validation_loss"],
+                validation_loss=written.facts["validation"].get("validation_loss"),
             )
         )
         expired = self.ledger.expire(self.config.keep_checkpoints, self.config.keep_every, self.config.keep_best)
@@ -153,7 +153,8 @@ class Recovery:
             for entry in expired:
                 self._delete(entry.folder)
         self.events.add("checkpoint", step=written.step, folder=written.folder, **times)
-        self._report(written.folder, written.step, written.facts["loss"])
+        # Its own: there may have been another one while it was written.
+        self._report(written.folder, written.step, written.facts["loss"], written.facts["validation"])
 
     def mark_clean(self) -> None:
         """Call clean the checkpoints that have stood long enough by this step."""
@@ -174,7 +175,7 @@ class Recovery:
                 f"{self.run.uri('checkpoints')}: the last checkpoint, of step {self.state.step}, was not written"
             )
         if before is not None:  # an attempt that was killed at the very end may not have come to that
-            self._report(before.folder, before.step, self.losses.training)
+            self._report(before.folder, before.step, self.losses.training, self.losses.validation)
         for entry in self.ledger.usable():
             entry.status = "clean"
         self._write_ledger()
@@ -187,8 +188,8 @@ class Recovery:
         with contextlib.suppress(OSError):  # the next start deletes what the ledger calls deleted
             self.run.delete(folder)
 
-    def _report(self, folder: str, step: int, loss: float | None) -> None:
-        metrics = {"step": step, "loss": loss, **self.losses.validation}
+    def _report(self, folder: str, step: int, loss: float | None, validation: dict[str, float]) -> None:
+        metrics = {"step": step, "loss": loss, **validation}
         self.report(metrics, {"folder": folder, "skips": self.ledger.skips, **metrics})
 
     def _write_ledger(self) -> None:
@@ -302,7 +303,7 @@ class Recovery:
             source,
             skip,
         )
-        self._report(entry.folder, entry.step, self.losses.training)
+        self._report(entry.folder, entry.step, self.losses.training, {})
 
     def _go_back(self, step: int, before: int, last: int, verdict: Verdict) -> tuple[Entry, str]:
         """Put everything back to the newest clean checkpoint that can be read: it, and where it was read from."""
