@@ -70,7 +70,9 @@ def run_on_laptop(script, folder, limit):
         limit: seconds after which it is ended.
     """
     here = Path(__file__).parent
-    command = ["unshare", *NAMESPACES, "--propagation", "private", sys.executable, str(here / script), str(folder)]
+    # The shell is the laptop's first process, which has to take note of the ends of processes that nobody waits for.
+    first = ["bash", "-c", '"$@"; exit $?', "laptop", sys.executable, str(here / script), str(folder)]
+    command = ["unshare", *NAMESPACES, "--propagation", "private", *first]
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))},
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(here), str(here.parent)]),
