@@ -21,6 +21,7 @@ from pipelines import storage
 
 REPORT = "report.html"
 _WIDTH = 960
+_HALO = "paint-order:stroke;stroke:var(--paper);stroke-width:4px"  # texts on lines
 _REFRESH = 15.0  # seconds until the browser looks again
 
 
@@ -130,22 +131,20 @@ def parallel_coordinates(space: list[Dimension], trials: Trials) -> str:
     def y(place: float | None) -> float:
         return bottom + 20 if place is None else bottom - place * (bottom - top)
 
-    parts = []
+    parts, texts = [], []
     for i, (x, (name, _, marks)) in enumerate(zip(across, axes, strict=True)):
         above = top - 14 - (16 if i % 2 and len(axes) > 6 else 0)  # many names stand in two rows
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
         parts.append(f'<text class="bold" text-anchor="middle" x="{x:.1f}" y="{above}">{html.escape(name)}</text>')
-        left_of = f'text-anchor="end" x="{x - 6:.1f}"'
-        parts += [
-            f'<text class="small" {left_of} y="{y(place) + 4:.1f}">{html.escape(text)}</text>' for place, text in marks
-        ]
+        left_of = f'class="small" style="{_HALO}" text-anchor="end" x="{x - 6:.1f}"'
+        texts += [f'<text {left_of} y="{y(place) + 4:.1f}">{html.escape(text)}</text>' for place, text in marks]
     furthest = max(trial.step for trial in ranked)
     for rank, trial in reversed(list(enumerate(ranked))):  # the best lie on top
         points = " ".join(f"{x:.1f},{y(place(trial)):.1f}" for x, (_, place, _) in zip(across, axes, strict=True))
         css, style = _look(trial, rank, len(ranked), furthest)
         note = f"<title>{html.escape(_note(trial))}</title>"
         parts.append(f'<polyline class="line {css}"{style} points="{points}">{note}</polyline>')
-    return picture(_WIDTH, height, parts, "Parallel coordinates")
+    return picture(_WIDTH, height, parts + texts, "Parallel coordinates")
 
 
 def _look(trial: Trial, rank: int, of: int, furthest: int) -> tuple[str, str]:
