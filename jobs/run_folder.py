@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import heapq
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -40,6 +43,14 @@ class StoredRun:
         """Delete a file or folder; nothing happens when it is not there."""
         storage.delete(self.uri(name))
 
+    def open_input(self, name: str) -> BinaryIO:
+        """A file opened for reading in bytes, with random access."""
+        return storage.open_input(self.uri(name))
+
+    def open_stream(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """A large file to write bytes into; a part of it may stay when that fails."""
+        return storage.open_stream(self.uri(name))
+
     def checksums(self, folder: str, part: int, of: int) -> dict[str, list]:
         """Size and xxh3-64 of every ``of``-th file below ``folder`` from the ``part``-th on, by name."""
         sums = {}
@@ -56,17 +67,21 @@ class StoredRun:
         return self.lines("events.jsonl")
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """What stands in a file with a JSON object on each line; nothing when it is not there."""
-        return _lines(self.uri(name))
+        """What stands in a file with a JSON object on each line; nothing when it is not there.
+
+        On object stores, where each process has a part of it, in the order of their ``time``.
+        """
+        parts = [_rows(lines) for lines in storage.read_lines(self.uri(name))]
+        return list(heapq.merge(*parts, key=lambda row: row.get("time", 0)))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of all metrics files in the order of their time, undone steps included."""
-        rows = [row for uri in self._metrics_files() for row in _lines(uri)]
+        rows = [row for uri in self._metrics_files() for row in _read(uri)]
         return sorted(rows, key=lambda row: row["time"])
 
     def newest_metrics(self) -> list[dict[str, Any]]:
         """The rows of the metrics file that was begun last, in the order of their time."""
-        return [row for uri in self._metrics_files()[-1:] for row in _lines(uri)]
+        return [row for uri in self._metrics_files()[-1:] for row in _read(uri)]
 
     def _metrics_files(self) -> list[str]:
         try:
@@ -86,11 +101,14 @@ def valid_steps(rows: list[dict[str, Any]], key: str = "loss") -> dict[int, dict
     return dict(sorted(valid.items()))
 
 
-def _lines(uri: str) -> list[dict[str, Any]]:
-    if not storage.exists(uri):
-        return []
+def _read(uri: str) -> list[dict[str, Any]]:
+    return _rows(storage.read_bytes(uri).decode().splitlines()) if storage.exists(uri) else []
+
+
+def _rows(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """What of the lines is whole."""
     rows = []
-    for line in storage.read_bytes(uri).decode().splitlines():
+    for line in lines:
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -15,6 +15,8 @@ import mmap
 import os
 import stat
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -29,7 +31,12 @@ from pipelines.download import Download, DownloadError
 
 # Attempts of the AWS client at a request, waiting up to 1, 2, 4, … 20 seconds in between; how long Google's goes on.
 _S3_ATTEMPTS, _GCS_SECONDS = 10, 120
+_S3_SECONDS = 20  # without a byte; 3 are the client's own, too few for a busy network
 _IN_MEMORY = 16 << 20  # a larger file for an object store is gathered in a temporary file first
+_PART = 32 << 20  # bytes of a stream to an object store that are sent at a time; S3 takes 10,000 of them for a file
+
+_PARTS = ".parts"  # behind the name of a file of lines on an object store
+_appending = threading.Lock()
 
 
 class FileInfo(NamedTuple):
@@ -112,8 +119,11 @@ def _filesystem(scheme: str, bucket: str, environment: tuple[str | None, ...]) -
     return fs.S3FileSystem(
         region=found.region,
         endpoint_override=environment[0] or environment[1],
+        request_timeout=_S3_SECONDS,
+        connect_timeout=_S3_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
         background_writes=False,  # they would queue a whole file in memory
+        allow_delayed_open=True,  # a small file takes one request
     )
 
 
@@ -131,7 +141,19 @@ def exists(uri: str) -> bool:
         except FileNotFoundError:
             return False
     filesystem, path = _resolve(uri)
-    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+    with _naming(uri):
+        return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+@contextlib.contextmanager
+def _naming(uri: str) -> Iterator[None]:
+    """Have errors name the file, which those of Google's client do not."""
+    try:
+        yield
+    except OSError as error:
+        if uri.partition("://")[2] in str(error):
+            raise
+        raise type(error)(*([error.errno] if error.errno else []), f"{uri}: {error}") from None
 
 
 def list_files(uri: str, *, hidden: bool = False) -> list[FileInfo]:
@@ -154,7 +176,8 @@ def list_files(uri: str, *, hidden: bool = False) -> list[FileInfo]:
         folder, pattern = uri[: uri.rindex("/", 0, first)] if "/" in uri[:first] else ".", uri
     filesystem, path = _resolve(folder)
     prefix = _prefix(uri)
-    info = filesystem.get_file_info(path)
+    with _naming(folder):
+        info = filesystem.get_file_info(path)
     if info.type == fs.FileType.File:
         return [FileInfo(prefix + info.path, info.size, _seconds(info))]
     if info.type == fs.FileType.NotFound:
@@ -175,7 +198,9 @@ def list_files(uri: str, *, hidden: bool = False) -> list[FileInfo]:
 
 
 def _objects(filesystem: fs.FileSystem, path: str) -> Iterator[FileInfo]:
-    for item in filesystem.get_file_info(fs.FileSelector(path, recursive=True)):
+    with _naming(path):
+        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    for item in found:
         if item.type == fs.FileType.File:
             yield FileInfo(item.path, item.size, _seconds(item))
 
@@ -222,7 +247,8 @@ def open_input(uri: str) -> pa.NativeFile | Download:
     if is_web(uri):
         return Download(uri)
     filesystem, path = _resolve(uri)
-    return filesystem.open_input_file(path)
+    with _naming(uri):
+        return filesystem.open_input_file(path)
 
 
 @contextlib.contextmanager
@@ -253,13 +279,28 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
                 else opened.enter_context(mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ))
             )
             # One call with all of it: a stream completes its upload even when it is dropped half written.
-            with filesystem.open_output_stream(path) as out:
+            with _naming(uri), filesystem.open_output_stream(path) as out:
                 out.write(data)
+
+
+@contextlib.contextmanager
+def open_stream(uri: str) -> Iterator[BinaryIO]:
+    """A file to write bytes into that is too large to be gathered before it is sent to an object store.
+
+    A writer that fails or is killed may leave a part of it: something that is written later has to vouch for it.
+    """
+    filesystem, path = _resolve(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        with open_output(uri) as out:
+            yield out
+        return
+    with _naming(uri), filesystem.open_output_stream(path, buffer_size=_PART) as out:
+        yield out
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole file."""
-    with open_input(uri) as source:
+    with _naming(uri), open_input(uri) as source:
         return source.read()
 
 
@@ -287,7 +328,11 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def append_line(uri: str, line: str) -> None:
-    """Add one line to a small text file; object stores, which cannot append, get the file written anew."""
+    """Add one line to a small text file, which ``read_lines`` reads.
+
+    Object stores cannot append, and of a file that several write anew lines would be lost: there each process has a
+    part of its own, below ``<uri>.parts``.
+    """
     path = local_path(uri)
     if path is not None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -298,20 +343,38 @@ def append_line(uri: str, line: str) -> None:
                     line = f"\n{line}"
             out.write(line.encode() + b"\n")
         return
-    before = read_bytes(uri) if exists(uri) else b""
-    write_bytes(uri, before + line.encode() + b"\n")
+    part = f"{uri}{_PARTS}/{_writer(os.getpid())}"
+    with _appending:
+        before = read_bytes(part) if exists(part) else b""
+        write_bytes(part, before + line.encode() + b"\n")
+
+
+@functools.lru_cache(maxsize=1)
+def _writer(_pid: int) -> str:
+    """This process among those that write, in the order in which they began to; a forked one is another."""
+    return f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+
+
+def read_lines(uri: str) -> list[list[str]]:
+    """What ``append_line`` has written: on object stores a list for each process, else one; none without a file."""
+    files = [uri] if exists(uri) else []
+    if is_remote(uri):
+        with contextlib.suppress(FileNotFoundError):
+            files += [file.uri for file in list_files(f"{uri}{_PARTS}")]
+    return [read_bytes(file).decode().splitlines() for file in files]
 
 
 def delete(uri: str) -> None:
     """Delete a file or a folder with all it holds; nothing happens when it is not there."""
     filesystem, path = _resolve(uri)
-    kind = filesystem.get_file_info(path).type
-    if kind == fs.FileType.File:
-        filesystem.delete_file(path)
-    elif kind == fs.FileType.Directory:
-        # Object stores have no folders: Google's client misses, at the end, the object that would stand for this one.
-        with contextlib.suppress(FileNotFoundError):
-            filesystem.delete_dir(path)
+    with _naming(uri):
+        kind = filesystem.get_file_info(path).type
+        if kind == fs.FileType.File:
+            filesystem.delete_file(path)
+        elif kind == fs.FileType.Directory:
+            # Object stores have no folders: Google's client misses, at the end, the object that would stand for it.
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.delete_dir(path)
 
 
 def delete_unfinished(folder: str) -> None:

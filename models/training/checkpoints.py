@@ -1,18 +1,19 @@
 """Sharded checkpoints: written whole or not at all, recognised when they are torn, read at any number of workers.
 
-``torch.distributed.checkpoint`` writes every rank's own shards straight to their place; ``checkpoint.json``, written
-last with sizes and checksums, makes the folder a checkpoint.
+``torch.distributed.checkpoint`` writes every rank's own shards straight to their place, local or an object store;
+``checkpoint.json``, written last with sizes and checksums, makes the folder a checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ import xxhash
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -32,6 +34,7 @@ RECEIPT = "checkpoint.json"
 
 _RETRY_AFTER = (2.0, 8.0, 30.0)  # seconds between attempts, on all ranks alike, so by count and not by the clock
 _WRITERS = 4  # threads of a rank
+_READ_AHEAD = 1 << 20  # bytes of an object store's file
 
 T = TypeVar("T")
 
@@ -128,7 +131,7 @@ def load(
     state = states(model, optimizer)
     try:
         with _alone():
-            dcp.load(state, checkpoint_id=run.uri(folder), process_group=group)
+            dcp.load(state, storage_reader=_reader(run, folder), process_group=group)
     except CheckpointException as error:  # on all ranks alike
         causes = [failure for failure, _ in error.failures.values()]
         if any(isinstance(cause, OSError) for cause in causes):
@@ -158,7 +161,7 @@ def load_weights(run: RunFolder, folder: str, model: nn.Module) -> None:
     weights = model.state_dict()
     try:
         with _alone():
-            dcp.load({"model": weights}, checkpoint_id=run.uri(folder), no_dist=True)
+            dcp.load({"model": weights}, storage_reader=_reader(run, folder), no_dist=True)
     except CheckpointException as error:
         raise ValueError(f"{run.uri(folder)}: cannot be put together: {error.failures}") from None
     model.load_state_dict(weights)
@@ -197,8 +200,8 @@ def _attempt(
     if (failed := _from_first(error, group)) is not None:
         return failed
     with _alone():
-        place = _place(run.uri(folder))
-        error = _tried(lambda: dcp.save(state, planner=planner, process_group=group, **place))
+        writer = _Writer(run, folder)
+        error = _tried(lambda: dcp.save(state, storage_writer=writer, planner=planner, process_group=group))
     sums: dict[str, list] = {}
     if error is None:
         error = _tried(lambda: sums.update(run.checksums(folder, rank, world)))
@@ -210,15 +213,53 @@ def _attempt(
     return _from_first(failed, group)
 
 
-def _place(uri: str) -> dict[str, Any]:
-    """Arguments of `dcp.save` for a folder: local ones are written by several threads."""
-    if "://" in uri:
-        return {"checkpoint_id": uri}
-    return {"storage_writer": _ThreadedWriter(uri, thread_count=_WRITERS)}
+class _ObjectStore(FileSystemBase):
+    """The folder of a run on an object store; paths are names in it. What is written there appears when it is whole."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str, mode: str) -> Iterator[IO[bytes]]:
+        if mode == "rb":
+            with self.run.open_input(path) as stream:
+                yield io.BufferedReader(stream, _READ_AHEAD)
+        else:
+            with self.run.open_stream(path) as stream:
+                yield stream
+
+    def concat_path(self, path: str, suffix: str) -> str:
+        return f"{path}/{suffix.removesuffix('.tmp')}"  # what would be renamed gets its name at once
+
+    def rename(self, path: str, new_path: str) -> None:
+        pass
+
+    def init_path(self, path: str) -> str:
+        return path
+
+    def mkdir(self, path: str) -> None:
+        pass
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str) -> bool:
+        return True
+
+    def exists(self, path: str) -> bool:
+        return False  # the folder was emptied before
+
+    def rm_file(self, path: str) -> None:
+        self.run.delete(path)
 
 
-class _ThreadedWriter(dcp.FileSystemWriter):
+class _Writer(dcp.FileSystemWriter):
     """Writes files by several threads; what fails in one of them, which torch only prints, fails here."""
+
+    def __init__(self, run: RunFolder, folder: str) -> None:
+        uri = run.uri(folder)
+        remote = "://" in uri
+        super().__init__(uri, thread_count=_WRITERS, sync_files=not remote)  # without a file, it syncs the machine
+        if remote:
+            self.fs, self.path = _ObjectStore(run), folder
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list]:
         written = super().write_data(plan, planner)
@@ -226,6 +267,23 @@ class _ThreadedWriter(dcp.FileSystemWriter):
         if missing:
             raise OSError(f"{missing} of {len(plan.items)} parts of the checkpoint were not written")
         return written
+
+
+class _ObjectStoreReader(dcp.FileSystemReader):
+    """Reads each tensor in one request, small ones together."""
+
+    def __init__(self, run: RunFolder, folder: str) -> None:
+        super().__init__(run.uri(folder))
+        self.fs, self.path = _ObjectStore(run), folder
+
+    def _slice_file(self, file: IO[bytes], place: Any) -> IO[bytes]:
+        file.seek(place.offset)
+        return io.BytesIO(file.read(place.length))
+
+
+def _reader(run: RunFolder, folder: str) -> dcp.FileSystemReader:
+    uri = run.uri(folder)
+    return _ObjectStoreReader(run, folder) if "://" in uri else dcp.FileSystemReader(uri)
 
 
 def _tried(action: Callable[[], Any]) -> str | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, ParamSpec, Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, BinaryIO, ParamSpec, Protocol, TypeVar
 
 log = logging.getLogger("ingot")
 
@@ -39,6 +40,12 @@ class RunFolder(Protocol):
 
     def delete(self, name: str) -> None:
         """Delete a file or folder; nothing happens when it is not there."""
+
+    def open_input(self, name: str) -> BinaryIO:
+        """A file opened for reading in bytes, with random access."""
+
+    def open_stream(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """A large file to write bytes into; a part of it may stay when that fails."""
 
     def checksums(self, folder: str, part: int, of: int) -> dict[str, list]:
         """Size and hash of every ``of``-th file below ``folder`` from the ``part``-th on, by name."""

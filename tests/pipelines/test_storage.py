@@ -128,7 +128,7 @@ def bucket(store):
 def test_throttling_and_broken_connections_of_an_object_store_are_waited_out(store):
     data = random.Random(0).randbytes(300_000)
     uri = f"{store.uri}/folder/a.bin"
-    store.coming += ["throttle", None, "throttle", "cut"]  # to begin the upload, for its part, to end it
+    store.coming += ["throttle", "cut", "throttle"]
     storage.write_bytes(uri, data)
     store.coming += ["throttle", "cut", "throttle"]
     assert storage.read_bytes(uri) == data
@@ -140,6 +140,26 @@ def test_throttling_and_broken_connections_of_an_object_store_are_waited_out(sto
     store.coming += ["throttle"]
     storage.delete(uri)
     assert not storage.exists(uri)
+
+
+def test_a_large_file_is_sent_in_parts_while_it_is_written(store):
+    data = random.Random(0).randbytes(11_000_000)
+    uri = f"{store.uri}/large.bin"
+    store.coming += ["throttle", "cut", "throttle", "cut", None, "cut"]  # to begin the upload, its parts, to end it
+    with storage.open_stream(uri) as out:
+        for at in range(0, len(data), 3_000_000):
+            out.write(data[at : at + 3_000_000])
+        assert not storage.exists(uri)
+    assert not store.coming
+    assert storage.read_bytes(uri) == data
+
+
+def test_lines_that_several_processes_add_to_a_file_of_an_object_store_are_all_there(store, monkeypatch):
+    uri = f"{store.uri}/run/events.jsonl"
+    for number, process in enumerate("abacba"):
+        monkeypatch.setattr(storage, "_writer", lambda _, process=process: process)
+        storage.append_line(uri, f"{number} of {process}")
+    assert storage.read_lines(uri) == [["0 of a", "2 of a", "5 of a"], ["1 of b", "4 of b"], ["3 of c"]]
 
 
 def test_a_store_that_refuses_for_good_is_an_error_of_the_storage(store, monkeypatch):
@@ -192,9 +212,10 @@ def test_an_object_store_behaves_like_a_folder(bucket):
     storage.write_bytes(f"{root}/a.txt", b"hello")
     storage.append_line(f"{root}/deep/events.jsonl", "one")
     storage.append_line(f"{root}/deep/events.jsonl", "two")
-    assert [f.uri for f in storage.list_files(root)] == [f"{root}/a.txt", f"{root}/deep/events.jsonl"]
-    assert [(f.uri, f.size) for f in storage.list_files(f"{root}/**/*.jsonl")] == [(f"{root}/deep/events.jsonl", 8)]
-    assert storage.read_bytes(f"{root}/deep/events.jsonl") == b"one\ntwo\n"
+    storage.write_bytes(f"{root}/deep/b.txt", b"hello")
+    assert [f.uri for f in storage.list_files(root)][:2] == [f"{root}/a.txt", f"{root}/deep/b.txt"]
+    assert [(f.uri, f.size) for f in storage.list_files(f"{root}/**/b.*")] == [(f"{root}/deep/b.txt", 5)]
+    assert storage.read_lines(f"{root}/deep/events.jsonl") == [["one", "two"]]
 
     def killed_in_between():
         with storage.open_output(f"{root}/half") as out:
