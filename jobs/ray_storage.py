@@ -1,4 +1,4 @@
-"""The file system that Ray Train keeps its own account of a run on: the run's storage, waited for while it fails."""
+"""The file system that Ray Train and Tune keep their own accounts on: the run's storage, waited for while it fails."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipelines import storage
 class PatientStorage(fs.FileSystemHandler):
     """For ``pyarrow.fs.PyFileSystem``; takes the paths of the file system that it stands before.
 
-    Ray Train ends a run when it cannot write down that a checkpoint was reported. What it writes is small, so a file is
-    gathered in memory and written when it is closed, as often as it takes.
+    Ray Train ends a run when it cannot write down that a checkpoint was reported. What both write is small, so a file
+    is gathered in memory and written when it is closed, as often as it takes.
 
     Args:
         uri: anything on that storage.

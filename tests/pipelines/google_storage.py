@@ -7,7 +7,10 @@ import urllib.parse
 
 
 class GoogleStorage(http.server.BaseHTTPRequestHandler):
-    """As much of Google Cloud Storage's JSON interface as its client asks for; throttles every twelfth request."""
+    """As much of Google Cloud Storage's JSON interface as its client asks for.
+
+    Throttles every twentieth request, and drops the connection amid every fifth content.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -26,8 +29,8 @@ class GoogleStorage(http.server.BaseHTTPRequestHandler):
         objects = self.server.objects
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests += 1
-        if self.server.requests % 12 == 0:
-            return self.answer(503 if self.server.requests % 24 else 429)
+        if self.server.requests % 20 == 0:
+            return self.answer(503 if self.server.requests % 40 else 429)
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
         name = urllib.parse.unquote(url.path.partition("/o/")[2]) or query.get("name") or query.get("upload_id")
@@ -55,7 +58,13 @@ class GoogleStorage(http.server.BaseHTTPRequestHandler):
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "bytes=0-")
         start, stop = int(span[1]), int(span[2] or len(objects[name]) - 1) + 1
         part = f"bytes {start}-{stop - 1}/{len(objects[name])}"
-        return self.answer(206, objects[name][start:stop], Content_Range=part, X_Goog_Generation=1)
+        content = objects[name][start:stop]
+        self.server.reads += 1
+        if self.server.reads % 5 == 0 and len(content) > 1:
+            self.close_connection = True
+            facts = {"Content_Range": part, "X_Goog_Generation": 1, "Content_Length": len(content)}
+            return self.answer(206, content[: len(content) // 2], **facts)
+        return self.answer(206, content, Content_Range=part, X_Goog_Generation=1)
 
     def about(self, name):
         size = str(len(self.server.objects[name]))
@@ -67,6 +76,6 @@ class GoogleStorage(http.server.BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), GoogleStorage)
-    server.objects, server.uploads, server.requests = {}, {}, 0
+    server.objects, server.uploads, server.requests, server.reads = {}, {}, 0, 0
     print(server.server_port, flush=True)
     server.serve_forever()

@@ -243,7 +243,7 @@ def test_an_object_store_behaves_like_a_folder(bucket):
 
 @pytest.fixture
 def google(monkeypatch):
-    """A Google Cloud Storage of our own that throttles every twelfth request."""
+    """A Google Cloud Storage of our own that throttles requests and drops connections."""
     program = [sys.executable, os.path.join(os.path.dirname(__file__), "google_storage.py")]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server:
         port = server.stdout.readline().strip()
@@ -272,6 +272,15 @@ def test_google_s_object_store_behaves_like_a_folder_and_is_waited_for(google):
     with storage.parquet_writer(f"{google}/part.parquet", pa.schema([("n", pa.int64())])) as writer:
         writer.write_table(pa.table({"n": [1, 2, 3]}))
     assert storage.open_parquet(f"{google}/part.parquet").read()["n"].to_pylist() == [1, 2, 3]
+    for line in ("one", "two"):
+        storage.append_line(f"{google}/events.jsonl", line)
+    assert storage.read_lines(f"{google}/events.jsonl") == [["one", "two"]]
+    with storage.open_stream(f"{google}/large.bin") as out:
+        for _ in range(3):
+            out.write(b"x" * 6_000_000)
+    assert storage.read_bytes(f"{google}/large.bin") == b"x" * 18_000_000
+    with pytest.raises(FileNotFoundError, match=f"{google}/none"):
+        storage.read_bytes(f"{google}/none")
     storage.delete(f"{google}/a.txt")
     assert not storage.exists(f"{google}/a.txt")
     storage.delete(google)
