@@ -9,11 +9,12 @@ import yaml
 from cloud import REGION, Cloud
 from machines import ROOT, Laptop, for_the_laboratory
 from training_bench import events_of, processes, token_record
-from work import WORKSPACE, pretraining, start, submit, write_recipe
+from work import pretraining, start, submit, write_recipe
 
 from jobs.run_folder import StoredRun, valid_steps
 from pipelines.stage import read_manifest
 
+BUCKET = "ingot-laboratory"
 NOTICE_SECONDS = 60  # AWS gives 120
 IDLE_MINUTES = 0.5
 
@@ -27,12 +28,14 @@ def main(folder):
         "172.31.255.254/16",
         config["auth"]["ssh_user"],
         {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": REGION, "RAY_prestart_worker_first_driver": "0"},
+        storage=f"s3://{BUCKET}",
     )
     os.environ.update(
         AWS_ENDPOINT_URL=endpoint, AWS_DEFAULT_REGION=REGION, AWS_ACCESS_KEY_ID="laptop", AWS_SECRET_ACCESS_KEY="laptop"
     )
     os.environ["MOTO_IAM_LOAD_MANAGED_POLICIES"] = "true"
     cloud = Cloud(lab)
+    cloud.s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
     profiles = {kind["node_config"]["IamInstanceProfile"]["Name"] for kind in config["available_node_types"].values()}
     for name in profiles:
         cloud.iam.create_instance_profile(InstanceProfileName=name)
@@ -100,7 +103,7 @@ def curate(lab, cloud, recipe):
 
     lab.until("`ingot submit curate` has ended", ended, 900)
     assert first.returncode == 0, (lab.folder / "curate.log").read_text()[-6000:]
-    lab.note(kinds_for_curation=sorted(seen), curated=read_manifest(f"{WORKSPACE}/corpus/near")["documents_out"])
+    lab.note(kinds_for_curation=sorted(seen), curated=read_manifest(f"{lab.workspace}/corpus/near")["documents_out"])
     for job in ("tokenizer", "tokenize"):
         assert submit(lab, job, recipe) == 0
     lab.until(lambda _: f"idle nodes are gone: {cloud.kinds()}", lambda: cloud.kinds() == ["head"], 600)
@@ -109,7 +112,7 @@ def curate(lab, cloud, recipe):
 def pretrain(lab, cloud, recipe):
     """Two GPU nodes from zero, one lost without a word, one after a notice, and the run to its end."""
     settings = pretraining(recipe)
-    run = StoredRun(f"{WORKSPACE}/runs/{settings.name}")
+    run = StoredRun(f"{lab.workspace}/runs/{settings.name}")
     job = start(lab, "pretrain", recipe)
 
     def alive(condition):

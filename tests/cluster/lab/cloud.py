@@ -46,7 +46,7 @@ class Cloud:
         ThreadedMotoServer(str(lab.address.ip), PORT, verbose=False).start()
         keys = {"aws_access_key_id": "laptop", "aws_secret_access_key": "laptop"}
         session = boto3.Session(region_name=REGION, **keys)
-        self.ec2, self.iam = (session.client(name, endpoint_url=self.url) for name in ("ec2", "iam"))
+        self.ec2, self.iam, self.s3 = (session.client(n, endpoint_url=self.url) for n in ("ec2", "iam", "s3"))
         service = ThreadingHTTPServer((METADATA, 80), self._metadata())
         threading.Thread(target=service.serve_forever, daemon=True).start()
         threading.Thread(target=self._boot_and_end, daemon=True).start()

@@ -96,10 +96,12 @@ class Laptop:
         address: the laptop's in the network, such as ``192.168.1.1/24``.
         user: who logs in on the machines; has the rights of root there.
         environment: variables that are set in every shell of the machines.
+        storage: what jobs read and write on all machines; the folder that they share, by default.
     """
 
-    def __init__(self, folder, address, user, environment=None):
-        self.folder, self.user = Path(folder), user
+    def __init__(self, folder, address, user, environment=None, storage=SHARED):
+        self.folder, self.user, self.storage = Path(folder), user, storage
+        self.workspace = f"{storage}/project"
         # All machines share the cores of one, on which Ray's own processes may start more slowly than Ray bears.
         self.environment = {"RAY_agent_register_timeout_ms": "180000", **(environment or {})}
         self.address = ipaddress.ip_interface(address)
@@ -158,7 +160,14 @@ class Laptop:
     def start(self, *command, log):
         """Start a command in the checkout whose output goes into a log."""
         with open(self.folder / log, "w") as out:
-            return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+            return subprocess.Popen(
+                command, cwd=ROOT, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def stop(self, process):
+        """End a command that was started, and what it has started."""
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
 
     def machine(self, name, ip, keys):
         """Switch a machine on, which lets the public keys in."""

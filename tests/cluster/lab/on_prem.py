@@ -9,7 +9,7 @@ import yaml
 from machines import ROOT, Laptop, call, for_the_laboratory
 from strangers import gone, open_ports, scan, without_token
 from training_bench import events_of, processes, token_record
-from work import WORKSPACE, pretraining, start, submit, write_recipe
+from work import pretraining, start, submit, write_recipe
 
 from jobs.run_folder import StoredRun, valid_steps
 from pipelines.stage import read_manifest
@@ -45,15 +45,14 @@ def main(folder):
 
     scan(lab, machines)
     without_token(lab, ips[0])
-    tunnel.terminate()
-    tunnel.wait()
+    lab.stop(tunnel)
 
     # The head gives no cores to jobs, so that one host is left when one of two is lost.
     recipe = write_recipe(
         lab, steps=500, validate_every=500, min_workers=1, resize_every_seconds=10, start_timeout_seconds=15
     )
     assert submit(lab, "curate", recipe) == 0
-    lab.note(curated=read_manifest(f"{WORKSPACE}/corpus/near")["documents_out"])
+    lab.note(curated=read_manifest(f"{lab.workspace}/corpus/near")["documents_out"])
     for job in ("tokenizer", "tokenize"):
         assert submit(lab, job, recipe) == 0
     lose_a_host(lab, machines, recipe)
@@ -66,7 +65,7 @@ def main(folder):
 def lose_a_host(lab, machines, recipe):
     """Train on two hosts, cut one of them off in mid-run, and see the run to its end."""
     settings = pretraining(recipe)
-    run = StoredRun(f"{WORKSPACE}/runs/{settings.name}")
+    run = StoredRun(f"{lab.workspace}/runs/{settings.name}")
     job = start(lab, "pretrain", recipe)
 
     def step():

@@ -5,8 +5,6 @@ import http.client
 import json
 import socket
 
-from work import WORKSPACE
-
 # Of every service that a node of Ray offers over gRPC one method that gives something away or changes something.
 METHODS = (
     "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
@@ -122,7 +120,7 @@ def without_token(lab, head):
     none = {"HOME": str(lab.folder), "RAY_AUTH_TOKEN": ""}
     wrong = {**none, "RAY_AUTH_TOKEN": "0" * 64}
     off = {**none, "RAY_AUTH_MODE": "disabled"}
-    submit = ["ingot", "submit", "report", "--workspace", WORKSPACE]
+    submit = ["ingot", "submit", "report", "--workspace", lab.workspace]
     tries = {
         "ingot submit without a token": (submit, none),
         "ingot submit with a wrong token": (submit, wrong),

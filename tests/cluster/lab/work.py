@@ -5,24 +5,21 @@ import pydoc_data.topics
 import re
 
 import yaml
-from machines import SHARED
 
 from jobs.cli import parse
-
-WORKSPACE = f"{SHARED}/project"
+from pipelines import storage
 
 
 def write_recipe(lab, **pretrain):
     """Put raw text where all machines reach it and write the recipe that takes it to a trained model."""
     topics = [re.sub(r"^\*+\n|\n\*+$", "", text, flags=re.M) for text in pydoc_data.topics.topics.values()]
     for part in range(2):
-        with open(f"{SHARED}/manual-{part}.jsonl", "w") as file:
-            for number, text in enumerate(topics[part::2]):
-                print(json.dumps({"text": text, "url": f"https://example.org/{part}/{number}"}), file=file)
+        rows = [{"text": text, "url": f"https://example.org/{n}"} for n, text in enumerate(topics) if n % 2 == part]
+        storage.write_bytes(f"{lab.storage}/manual-{part}.jsonl", "\n".join(map(json.dumps, rows)).encode())
     recipe = {
-        "workspace": WORKSPACE,
+        "workspace": lab.workspace,
         "curate": {
-            "sources": [{"kind": "jsonl", "path": f"{SHARED}/manual-*.jsonl"}],
+            "sources": [{"kind": "jsonl", "path": f"{lab.storage}/manual-*.jsonl"}],
             "gopher_quality": {"min_alphabetic_words": 0.6},
         },
         "tokenizer": {"vocab_size": 512},
