@@ -25,7 +25,7 @@ class StoredRun:
 
     def read_json(self, name: str) -> Any | None:
         """Content of a JSON file, None when it is not there."""
-        return storage.read_json(self.uri(name)) if storage.exists(self.uri(name)) else None
+        return storage.json_if_there(self.uri(name))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all."""
@@ -102,7 +102,7 @@ def valid_steps(rows: list[dict[str, Any]], key: str = "loss") -> dict[int, dict
 
 
 def _read(uri: str) -> list[dict[str, Any]]:
-    return _rows(storage.read_bytes(uri).decode().splitlines()) if storage.exists(uri) else []
+    return _rows(storage.read_bytes(uri).decode().splitlines())
 
 
 def _rows(lines: Iterable[str]) -> list[dict[str, Any]]:

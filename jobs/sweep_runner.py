@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from pyarrow.fs import PyFileSystem
 from ray import tune
 from ray._private.state import state as cluster_state
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
+from jobs.ray_storage import PatientStorage
 from jobs.run_folder import StoredRun
 from jobs.settings import PretrainJob, TuneJob
 from jobs.sweep_search import Plan
@@ -118,7 +120,8 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=folder,
+            storage_path=storage.filesystem(folder)[1],
+            storage_filesystem=PyFileSystem(PatientStorage(folder)),
             verbose=0,
             callbacks=[_Notes(plan, draw)],
             failure_config=tune.FailureConfig(max_failures=_LOST),

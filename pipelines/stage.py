@@ -159,8 +159,7 @@ def ingot_version() -> str:
 
 def read_manifest(folder: str) -> dict[str, Any] | None:
     """The manifest of a finished folder, or None."""
-    path = storage.join(folder, MANIFEST)
-    return storage.read_json(path) if storage.exists(path) else None
+    return storage.json_if_there(storage.join(folder, MANIFEST))
 
 
 def require_manifest(folder: str, job: str) -> dict[str, Any]:

@@ -322,6 +322,18 @@ def read_json(uri: str) -> Any:
         raise InputError(f"{uri}: not a JSON file ({error}); delete it and run the step that writes it again") from None
 
 
+def json_if_there(uri: str) -> Any | None:
+    """A JSON file's content, None without the file; on object stores without a request just to find out.
+
+    Raises:
+        ValueError: the file is not JSON; the message names it.
+    """
+    try:
+        return read_json(uri)
+    except FileNotFoundError:
+        return None
+
+
 def write_json(uri: str, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     write_bytes(uri, (json.dumps(value, indent=1) + "\n").encode())
@@ -345,7 +357,9 @@ def append_line(uri: str, line: str) -> None:
         return
     part = f"{uri}{_PARTS}/{_writer(os.getpid())}"
     with _appending:
-        before = read_bytes(part) if exists(part) else b""
+        before = b""
+        with contextlib.suppress(FileNotFoundError):
+            before = read_bytes(part)
         write_bytes(part, before + line.encode() + b"\n")
 
 
@@ -357,11 +371,11 @@ def _writer(_pid: int) -> str:
 
 def read_lines(uri: str) -> list[list[str]]:
     """What ``append_line`` has written: on object stores a list for each process, else one; none without a file."""
-    files = [uri] if exists(uri) else []
-    if is_remote(uri):
-        with contextlib.suppress(FileNotFoundError):
-            files += [file.uri for file in list_files(f"{uri}{_PARTS}")]
-    return [read_bytes(file).decode().splitlines() for file in files]
+    try:
+        files = list_files(f"{uri}{_PARTS}" if is_remote(uri) else uri)
+    except FileNotFoundError:
+        return []
+    return [read_bytes(file.uri).decode().splitlines() for file in files]
 
 
 def delete(uri: str) -> None:
