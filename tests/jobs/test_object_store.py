@@ -24,7 +24,7 @@ PROGRAM = """
 import sys
 from jobs import cli
 from jobs.session import ray_session
-with ray_session(4):
+with ray_session(2):
     for job in ("curate", "tokenizer", "tokenize", "pretrain", "evaluate", "generate", "export", "report", "tune"):
         for recipe in sys.argv[1:] if job != "tune" else sys.argv[-1:]:
             print("##", job, flush=True)
@@ -101,13 +101,14 @@ class Way(http.server.ThreadingHTTPServer):
     def __init__(self, behind, share):
         super().__init__(("127.0.0.1", 0), UnreliableWay)
         self.behind, self.share, self.draw = behind, share, random.Random(0)
-        self.requests, self.faults = Counter(), Counter()
+        self.struck, self.faults = Counter(), Counter()
 
     def fault(self, method):
-        self.requests[method] += 1
-        if self.draw.random() >= self.share:
+        if self.draw.random() >= self.share.get(method, 0.005):
             return None
-        return self.draw.choice(["throttled", "body dropped" if method == "PUT" else "answer dropped"])
+        self.struck[method] += 1
+        kinds = {"PUT": ("body dropped", "throttled"), "GET": ("answer dropped", "throttled")}
+        return kinds.get(method, ("throttled", "throttled"))[self.struck[method] % 2]
 
     def handle_error(self, request, client_address):
         pass
@@ -123,7 +124,7 @@ def bucket(monkeypatch):
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
-    way = Way(server.server_port, share=0.015)
+    way = Way(server.server_port, share={"PUT": 0.04, "GET": 0.02})
     for each in (server, way):
         threading.Thread(target=each.serve_forever, args=(0.05,), daemon=True).start()
     for name, value in {
@@ -151,7 +152,6 @@ def write_recipe(path, workspace, texts, **training):
             "name": "tiny",
             "model": {"preset": "nano", "n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64},
             "device": "cpu",
-            "workers": 2,
             "sequence_length": 32,
             "global_batch": 4,
             "steps": 8,
@@ -167,7 +167,7 @@ def write_recipe(path, workspace, texts, **training):
         "export": {},
         "report": {},
         "tune": {
-            "trials": 2,
+            "trials": 1,
             "comparisons": 2,
             "pretrain": {
                 "model": {"preset": "nano", "n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64},
@@ -190,6 +190,7 @@ def content(workspace, *endings):
     return {f.uri[len(workspace) :]: storage.read_bytes(f.uri) for f in files if f.uri.endswith(endings)}
 
 
+@pytest.mark.cluster
 def test_all_jobs_do_the_same_on_an_object_store_that_throttles_and_drops_connections(bucket, tmp_path):
     root, way = bucket
     draw = random.Random(0)
@@ -225,4 +226,4 @@ def test_all_jobs_do_the_same_on_an_object_store_that_throttles_and_drops_connec
     assert told.count("generate\n" + next(said for said in told if "The house" in said).partition("\n")[2]) == 2
     assert b"finished" in storage.read_bytes(f"{there}/runs/tiny/report.html")
     trials = storage.read_json(f"{there}/sweeps/sweep/results.json")["trials"]
-    assert [trial["state"] in ("finished", "stopped") for trial in trials] == [True, True]
+    assert [trial["state"] for trial in trials] == ["finished"]
