@@ -134,9 +134,9 @@ def descendants(pid):
 
 
 def processes(name, below):
-    """Ids of the processes below one whose command line begins with ``name``, as Ray names its actors."""
+    """Ids of the processes below one whose command line begins with ``name``, as Ray names its actors; youngest last."""
     found = []
-    for pid, _ in descendants(below):
+    for pid, _ in sorted(descendants(below), key=lambda process: int(process[1])):
         try:
             with open(f"/proc/{pid}/cmdline") as file:
                 if file.read().startswith(name):
