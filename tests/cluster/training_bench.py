@@ -134,7 +134,7 @@ def descendants(pid):
 
 
 def processes(name, below):
-    """Ids of the processes below one whose command line begins with ``name``, as Ray names its actors; youngest last."""
+    """Ids of the processes below one whose command line begins with ``name``, as Ray names its actors, oldest first."""
     found = []
     for pid, _ in sorted(descendants(below), key=lambda process: int(process[1])):
         try:
