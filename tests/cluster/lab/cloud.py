@@ -145,16 +145,16 @@ class Cloud:
                     return
                 ip = self.client_address[0]
                 profile = cloud.profiles.get(ip)
-                role = "/latest/meta-data/iam/security-credentials/"
+                role = "/latest/meta-data/iam/security-credentials"
                 expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 6 * 3600))
                 keys = {"Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": profile, "SecretAccessKey": "x"}
                 answers = {
                     "/latest/meta-data/spot/instance-action": cloud.notices.get(ip),
                     role: profile,
-                    f"{role}{profile}": json.dumps({**keys, "Token": "x", "Expiration": expires}),
+                    f"{role}/{profile}": json.dumps({**keys, "Token": "x", "Expiration": expires}),
                     "/latest/meta-data/placement/region": REGION,
                 }
-                found = answers.get(self.path)
+                found = answers.get(self.path.rstrip("/"))
                 self._answer(404 if found is None else 200, found or "")
 
             def _answer(self, status, text):
