@@ -120,8 +120,9 @@ def test_a_run_grows_shrinks_and_survives_a_dead_node_with_every_token_seen_once
     # Nothing was computed twice for a resize: the run saved right before.
     resizes, interrupts = events_of(run, "resize"), events_of(run, "interrupt")
     assert [(e["before"], e["after"], e["saved"]) for e in resizes] == [(1, 2, True), (1, 2, True)]
-    saved = [e["step"] for e in interrupts if e["reason"] == "resize"]
-    assert [grown["from_step"], grown_again["from_step"]] == saved
+    # Once the checkpoint is durable the group may be ended, also before it has written that it was interrupted.
+    saved = {e["step"] for e in interrupts if e["reason"] == "resize"}
+    assert saved <= {grown["from_step"], grown_again["from_step"]} <= {e["step"] for e in events_of(run, "checkpoint")}
     # Of the drained node it knew before, and saved in time; that is no failure.
     # A checkpoint that was due anyway may have followed.
     assert drained["from_step"] >= max(e["step"] for e in interrupts if e["reason"] == "preemption")

@@ -75,7 +75,7 @@ def cluster():
                 yield address
             finally:
                 head.terminate()  # --block: ends everything that it started
-                head.wait(30)
+                head.wait(120)  # jobs that still run get their time first
 
 
 def wait_for_dashboard(address, head):
