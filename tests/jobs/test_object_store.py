@@ -190,7 +190,7 @@ def content(workspace, *endings):
     return {f.uri[len(workspace) :]: storage.read_bytes(f.uri) for f in files if f.uri.endswith(endings)}
 
 
-@pytest.mark.cluster
+@pytest.mark.lab
 def test_all_jobs_do_the_same_on_an_object_store_that_throttles_and_drops_connections(bucket, tmp_path):
     root, way = bucket
     draw = random.Random(0)
