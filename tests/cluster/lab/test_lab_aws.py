@@ -58,7 +58,6 @@ def test_a_spot_node_that_is_announced_to_go_costs_less_than_an_interval(facts):
     assert at - from_step < facts["checkpoint_every"]
 
 
-@pytest.mark.xfail(strict=True, reason="Ray 2.60 passes a type over when it comes late, not when the cloud refuses it")
 def test_when_there_is_no_spot_capacity_an_on_demand_node_takes_the_place(facts):
     assert facts["refused"] > 0
     assert "gpu-on-demand" in facts["kinds_without_spot"]
