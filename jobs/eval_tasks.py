@@ -1,0 +1,199 @@
+"""Tasks of lm_eval by name, with local files in place of the hub's data where there are some.
+
+Prompts, few-shot examples, filters and metrics are the harness's own; a task reads the same documents from either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import difflib
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import evaluate as hf_evaluate
+from datasets import Dataset, DatasetDict
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+
+from jobs.eval_code import METRIC, CodeEval, forget_modules
+from jobs.settings import SettingsError
+from pipelines import storage
+
+_COLUMNS = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
+
+
+class Tasks(TaskManager):
+    """The harness's ``TaskManager``, for ``lm_eval.simple_evaluate``, that knows local files and runs code in a sandbox.
+
+    Args:
+        data_dir: folder or URI with ``mmlu/{dev,test}/SUBJECT_{dev,test}.csv``, ``gsm8k/{train,test}.jsonl`` and
+            ``humaneval/HumanEval.jsonl.gz``, for tasks on those datasets; None takes the hub's.
+        code: what runs generated programs.
+    """
+
+    def __init__(self, data_dir: str | None = None, code: CodeEval | None = None) -> None:
+        super().__init__()
+        self.data_dir, self.code = data_dir, code or CodeEval(allowed=False)
+        self._loaded: dict[tuple[str, ...], Any] = {}
+
+    def load(self, task_list: Any) -> Any:
+        """As in the harness; names that were loaded before are not read again.
+
+        Raises:
+            SettingsError: there is no task of that name, a local file is missing, or generated code may not run.
+        """
+        names = (task_list,) if isinstance(task_list, str) else tuple(task_list)
+        if not all(isinstance(name, str) for name in names):
+            return super().load(task_list)
+        if names not in self._loaded:
+            for name in names:
+                if name not in self.all_tasks:
+                    raise SettingsError(f"tasks has {name!r}; the harness has no such task{_like(name, self)}")
+            with _local_data(self.data_dir), _own_code_eval(self.code):
+                loaded = super().load(list(names))
+            for task in loaded["tasks"].values():
+                self.code.adapt(task)
+            self._loaded[names] = loaded
+        return self._loaded[names]
+
+
+def _like(name: str, tasks: TaskManager) -> str:
+    near = difflib.get_close_matches(name, tasks.all_tasks, n=3)
+    return f"; near are {', '.join(near)}" if near else ""
+
+
+def subtasks(loaded: Any) -> dict[str, list[str]]:
+    """The names below each group that ``Tasks.load`` gave, in their order."""
+    return {name: _names(group) for name, group in loaded.get("groups", {}).items()}
+
+
+def _names(group: Group) -> list[str]:
+    return [member.name if isinstance(member, Group) else member.task_name for member in group]
+
+
+# Data
+
+
+@contextlib.contextmanager
+def _local_data(folder: str | None) -> Iterator[None]:
+    """Let tasks that are built meanwhile take what the folder has in place of the hub's."""
+    hub = ConfigurableTask.download
+
+    def download(self: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        read = _READERS.get(self.DATASET_PATH or "")
+        if read is None or callable(self.config.custom_dataset):
+            hub(self, dataset_kwargs, **kwargs)
+        else:
+            self.dataset = DatasetDict({split: read(folder, self, split) for split in _splits(self)})
+
+    if folder is None:
+        yield
+        return
+    with mock.patch.object(ConfigurableTask, "download", download):
+        yield
+
+
+def _splits(task: Task) -> list[str]:
+    """Splits of its dataset that a task reads."""
+    config = task.config
+    few_shot = [config.fewshot_split, getattr(config.fewshot_config, "split", None)]
+    asked = [config.training_split, config.validation_split, config.test_split, *few_shot]
+    return list(dict.fromkeys(split for split in asked if split))
+
+
+def _mmlu(folder: str, task: Task, split: str) -> Dataset:
+    """Rows as those of cais/mmlu: question, subject, choices, answer (0 to 3).
+
+    Files have a line of column names and answers from 0 to 3, or, as the paper published them, neither and A to D.
+    """
+    part = {"validation": "val"}.get(split, split)
+    subject = task.DATASET_NAME
+    file = storage.join(folder, "mmlu", part, f"{subject}_{part}.csv")
+    lines = list(csv.reader(io.StringIO(_bytes(folder, file, task).decode("utf-8-sig"), newline="")))
+    named = bool(lines) and lines[0] == _COLUMNS
+    rows = []
+    for number, line in enumerate(lines[named:], 1 + named):
+        if len(line) != 6 or line[5] not in (("0", "1", "2", "3") if named else ("A", "B", "C", "D")):
+            raise SettingsError(
+                f"{file}: line {number} is not a question, four choices and an answer; "
+                f"columns have to be {', '.join(_COLUMNS)} (0 to 3)"
+            )
+        answer = int(line[5]) if named else "ABCD".index(line[5])
+        rows.append({"question": line[0], "subject": subject, "choices": line[1:5], "answer": answer})
+    return _dataset(rows, file)
+
+
+def _gsm8k(folder: str, task: Task, split: str) -> Dataset:
+    """Rows as those of openai/gsm8k: question, answer."""
+    kind = "" if task.DATASET_NAME in (None, "main") else f"_{task.DATASET_NAME}"
+    file = storage.join(folder, "gsm8k", f"{split}{kind}.jsonl")
+    return _dataset(_json_lines(_bytes(folder, file, task), file, ("question", "answer")), file)
+
+
+def _humaneval(folder: str, task: Task, split: str) -> Dataset:
+    """Rows as those of openai/openai_humaneval, which has nothing but a test split."""
+    file = storage.join(folder, "humaneval", "HumanEval.jsonl.gz")
+    data = gzip.decompress(_bytes(folder, file, task))
+    fields = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+    return _dataset(_json_lines(data, file, fields), file)
+
+
+_READERS: dict[str, Callable[[str, Task, str], Dataset]] = {
+    "cais/mmlu": _mmlu,
+    "hails/mmlu_no_train": _mmlu,
+    "openai/gsm8k": _gsm8k,
+    "gsm8k": _gsm8k,
+    "openai/openai_humaneval": _humaneval,
+    "openai_humaneval": _humaneval,
+}
+
+
+def _bytes(folder: str, file: str, task: Task) -> bytes:
+    if not storage.exists(file):
+        raise SettingsError(f"data_dir is {folder!r}; there is no file {file}, which task {task.config.task} reads")
+    return storage.read_bytes(file)
+
+
+def _json_lines(data: bytes, file: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(data.decode().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append({name: row[name] for name in fields})
+        except (ValueError, KeyError, TypeError):
+            raise SettingsError(f"{file}: line {number} is no JSON object with {', '.join(fields)}") from None
+    return rows
+
+
+def _dataset(rows: list[dict[str, Any]], file: str) -> Dataset:
+    if not rows:
+        raise SettingsError(f"{file}: is empty")
+    return Dataset.from_list(rows)
+
+
+# Code
+
+
+@contextlib.contextmanager
+def _own_code_eval(code: CodeEval) -> Iterator[None]:
+    """Let task modules that are imported meanwhile get ``code`` where they ask the hub for its metric code_eval.
+
+    That metric is a script, so it needs the network at import, and it would run programs in a mere child process.
+    """
+    hub = hf_evaluate.load
+
+    def load(path: str, *args: Any, **kwargs: Any) -> Any:
+        return code if path == METRIC else hub(path, *args, **kwargs)
+
+    forget_modules()
+    try:
+        with mock.patch.object(hf_evaluate, "load", load):
+            yield
+    finally:
+        forget_modules()
