@@ -1,12 +1,23 @@
-"""Text from a model: a key-value cache and sampling, one token at a time."""
+"""Text from a model: many prompts at once by continuous batching (Yu et al. 2022), each with its own sampling."""
 
+import random
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models.config import ModelConfig
+from models.decoder import Decoder
 from models.transformer import Transformer
+
+# tokens of prompts that are read in one pass, padding included: enough to keep a device busy
+_TOGETHER = {"cuda": 16384, "cpu": 1024}
+# a shorter common beginning is read again rather than copied
+_SHORTEST_PREFIX = 16
 
 
 class LayerCache:
@@ -60,20 +71,259 @@ class KVCache:
         return self.layers[0].length
 
 
-def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token id from logits, (vocab,).
+@dataclass(frozen=True)
+class Sampling:
+    """How a text is continued."""
 
-    Temperature 0 takes the likeliest. Otherwise the draw is from the smallest set of likeliest tokens whose
-    probabilities sum to `top_p` or more (nucleus sampling, Holtzman et al. 2020). It runs on the CPU, so that a
-    seed gives the same text on any device with the same logits.
+    max_new_tokens: int
+    """At most this many tokens are generated."""
+    temperature: float = 0.0
+    """Divides the logits; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus of the distribution to draw from, in (0, 1]."""
+    seed: int = 0
+    """Of the draws."""
+    stop: frozenset[int] = frozenset()
+    """Ids that end the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """The next token of a request.
+
+    Attributes:
+        request: number of the request.
+        token: its id; None for one that ends the text.
+        log_probability: of the token given those before it; temperature and nucleus play no part in it.
+        finished: "stop" after an id that ends the text, "length" with the last of max_new_tokens, else None.
     """
-    logits = logits.float().cpu()
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities, tokens = torch.softmax(logits / temperature, dim=0).sort(descending=True, stable=True)
-    before = probabilities.cumsum(0) - probabilities
-    probabilities[(before >= top_p) & (before > 0)] = 0.0
-    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+
+    request: int
+    token: int | None
+    log_probability: float
+    finished: Literal["stop", "length"] | None = None
+
+
+class _Request:
+    """A text that is being continued."""
+
+    def __init__(self, number: int, prompt: np.ndarray, sampling: Sampling):
+        self.number, self.prompt, self.sampling = number, prompt, sampling
+        self.generated, self.last = 0, -1
+        self.draws = random.Random(sampling.seed)
+
+
+class Engine:
+    """Continues many texts at once; they come and go at any time (continuous batching).
+
+    A text's tokens do not depend on the others, beyond the rounding of matrix products of another size. Keys and values
+    of texts stay until their place is needed; a prompt that begins as one of them is only read from where it differs.
+
+    Args:
+        model: on any device, not sharded, in evaluation mode.
+        slots: texts that are continued at the same time; more wait.
+        length: tokens there is room for in each, prompt and continuation; None is the model's max_seq_len. Memory is
+            slots · length · 2 · n_layers · n_kv_heads · head_dim numbers, taken at once.
+        vocab_size: only ids below this are chosen: the tokenizer's, when the embedding has more rows; None is all.
+        compiled: compile a step, and on CUDA record it as a graph, which takes some ten seconds; None does on CUDA.
+
+    Raises:
+        ValueError: slots or length are out of range.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        slots: int = 32,
+        length: int | None = None,
+        vocab_size: int | None = None,
+        compiled: bool | None = None,
+    ):
+        longest = model.config.max_seq_len
+        length = longest if length is None else length
+        if slots < 1:
+            raise ValueError(f"slots is {slots}, but must be at least 1")
+        if not 1 <= length <= longest:
+            raise ValueError(f"length is {length}, but must be from 1 to the model's max_seq_len {longest}")
+        on_cuda = model.tok_embeddings.weight.is_cuda
+        self.slots, self.length, self.vocab_size = slots, length, vocab_size
+        self._decoder = Decoder(model, slots, length, on_cuda if compiled is None else compiled)
+        self._together = _TOGETHER["cuda" if on_cuda else "cpu"]
+        self._waiting: deque[_Request] = deque()
+        self._active: list[_Request] = []  # in the order of their rows in the cache
+        # tokens whose keys and values a row holds; also after its text has ended, for prompts that begin alike
+        self._held = np.zeros((slots, length), np.int32)
+        self._lengths = np.zeros(slots, np.int64)
+        self._number = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a text that has not ended."""
+        return bool(self._active or self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Texts that are being continued."""
+        return len(self._active)
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait for a slot."""
+        return len(self._waiting)
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling) -> int:
+        """Have a text continued; returns the number under which its tokens come.
+
+        Raises:
+            ValueError: the prompt is empty, a setting is out of range, or prompt and continuation are too long.
+        """
+        _check(len(prompt), sampling, self.length)
+        self._number += 1
+        self._waiting.append(_Request(self._number, np.asarray(prompt, np.int32), sampling))
+        return self._number
+
+    def cancel(self, request: int) -> None:
+        """Give a text up, such as one that contains a stop string; nothing happens when it has ended."""
+        self._waiting = deque(r for r in self._waiting if r.number != request)
+        self._remove([row for row, r in enumerate(self._active) if r.number == request])
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """Read prompts where there are free slots, and give one more token of each text (of a new one, two)."""
+        tokens: list[Token] = []
+        while group := self._admitted():
+            tokens += self._read(*group)
+        if self._active:
+            rows = len(self._active)
+            logits, best, normalizers = self._decoder.step(
+                [r.last for r in self._active], self._lengths[:rows].tolist()
+            )
+            for row, request in enumerate(self._active):
+                self._held[row, self._lengths[row]] = request.last
+            self._lengths[:rows] += 1
+            tokens += self._chosen(0, logits[:rows], best[:rows], normalizers[:rows])
+        return tokens
+
+    def _admitted(self) -> tuple[list[_Request], list[int], list[int]] | None:
+        """Texts to read together: with the row that each one's beginning is in, and the length of that beginning."""
+        row = len(self._active)
+        free = self.slots - row
+        # with a queue, a few slots at a time: reading few tokens takes as long as reading some more
+        if not self._waiting or not free or (row and len(self._waiting) > free and free < self.slots // 8):
+            return None
+        group: list[_Request] = []
+        sources: list[int] = []
+        starts: list[int] = []
+        total = longest = 0
+        while self._waiting and len(group) < free:
+            request = self._waiting[0]
+            shared = self._shared(request.prompt[:-1])
+            fresh = shared[row : row + len(group)].copy()
+            shared[row : row + len(group)] = 0
+            source = int(shared.argmax())
+            start = int(shared[source]) if shared[source] >= _SHORTEST_PREFIX else 0
+            if group and fresh.max() >= start + _SHORTEST_PREFIX:
+                break  # one of this group has the longer beginning: read that first
+            size = len(request.prompt) - start
+            padded = max(longest, size) * (len(group) + 1)
+            if group and (padded > self._together or padded > 1.5 * (total + size) + 256):
+                break
+            self._waiting.popleft()
+            total, longest = total + size, max(longest, size)
+            own = row + len(group)
+            sources.append(source if start else own)
+            starts.append(start)
+            group.append(request)
+            self._held[own, : len(request.prompt)] = request.prompt
+            self._lengths[own] = len(request.prompt)
+        return group, sources, starts
+
+    def _shared(self, prompt: np.ndarray) -> np.ndarray:
+        """How many tokens at its beginning a prompt shares with each row."""
+        if not len(prompt):
+            return np.zeros(self.slots, np.int64)
+        differs = self._held[:, : len(prompt)] != prompt
+        first = np.where(differs.any(axis=1), differs.argmax(axis=1), len(prompt))
+        return np.minimum(first, self._lengths)
+
+    def _read(self, group: list[_Request], sources: list[int], starts: list[int]) -> list[Token]:
+        """Fill the next rows with prompts, and give the token that follows each."""
+        row = len(self._active)
+        if any(source != row + i for i, source in enumerate(sources)):
+            self._decoder.copy(sources, row, max(starts))
+        logits = self._decoder.prompt(
+            [r.prompt[start:].tolist() for r, start in zip(group, starts, strict=True)], row, starts
+        )
+        self._active += group
+        return self._chosen(row, logits, None, None)
+
+    def _chosen(self, row: int, logits: Tensor, best: Tensor | None, normalizers: Tensor | None) -> list[Token]:
+        """Choose a token for the texts from this row on, and let go of those that end."""
+        requests = self._active[row:]
+        if best is None or self.vocab_size is not None:
+            logits = logits[:, : self.vocab_size]
+            best, normalizers = logits.argmax(-1), logits.float().logsumexp(-1)
+        drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0]
+        if drawn:
+            settings = [
+                (r.sampling.temperature, r.sampling.top_p, r.draws.random())
+                for r in requests
+                if r.sampling.temperature > 0
+            ]
+            where = torch.tensor(drawn, device=logits.device)
+            best = best.index_copy(0, where, choose(logits[where], *torch.tensor(settings, device=logits.device).T))
+        log_probabilities = logits.gather(1, best[:, None])[:, 0].float() - normalizers
+        # together, so that the device is waited for once
+        ids, values = torch.stack([best.double(), log_probabilities.double()]).tolist()
+        tokens, ended = [], []
+        for i, (request, token, value) in enumerate(zip(requests, map(int, ids), values, strict=True)):
+            request.generated += 1
+            request.last = token
+            finished = None
+            if token in request.sampling.stop:
+                finished = "stop"
+            elif request.generated == request.sampling.max_new_tokens:
+                finished = "length"
+            tokens.append(Token(request.number, None if finished == "stop" else token, value, finished))
+            if finished:
+                ended.append(row + i)
+        self._remove(ended)
+        return tokens
+
+    def _remove(self, rows: list[int]) -> None:
+        """Free rows; the last active ones move there, so that the active are the first."""
+        for row in reversed(rows):
+            last = self._active.pop()
+            end = len(self._active)
+            if row < end:
+                length = int(self._lengths[end])
+                self._decoder.copy([end], row, length)
+                self._active[row] = last
+                self._held[row], self._lengths[row] = self._held[end], length
+
+
+def choose(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    """A token id for each row of logits.
+
+    The draw is from the smallest set of likeliest tokens whose probabilities sum to `top_p` or more (nucleus sampling,
+    Holtzman et al. 2020), by inversion: a number makes one token, whoever shares the batch and wherever it is computed.
+
+    Args:
+        logits: (rows, vocab).
+        temperature: divides them, above 0, (rows,).
+        top_p: in (0, 1], (rows,).
+        uniform: in [0, 1), (rows,).
+    """
+    scaled = logits.float() / temperature[:, None]
+    probabilities, tokens = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill((before >= top_p[:, None]) & (before > 0), 0.0)
+    reached = probabilities.cumsum(-1)
+    index = (reached <= uniform[:, None] * reached[:, -1:]).sum(-1, keepdim=True)
+    # rounding may not lead to one outside the nucleus
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    return tokens.gather(1, index.minimum(last))[:, 0]
 
 
 def generate(
@@ -87,7 +337,7 @@ def generate(
     stop: set[int] | frozenset[int] = frozenset(),
     vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Continue a prompt, yielding each token id as soon as it is known.
+    """Continue one prompt, yielding each token id as soon as it is known.
 
     Args:
         model: on any device, not sharded.
@@ -102,48 +352,31 @@ def generate(
     Raises:
         ValueError: at the call, for an empty prompt, settings out of range, or a text longer than max_seq_len.
     """
-    config = model.config
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, frozenset(stop))
+    _check(len(prompt), sampling, model.config.max_seq_len)
+    return _generate(model, prompt, sampling, vocab_size)
+
+
+def _generate(model: Transformer, prompt: Sequence[int], sampling: Sampling, vocab_size: int | None) -> Iterator[int]:
+    length = len(prompt) + sampling.max_new_tokens - 1
+    engine = Engine(model, slots=1, length=length, vocab_size=vocab_size, compiled=False)
+    engine.submit(prompt, sampling)
+    while engine.busy:
+        yield from (token.token for token in engine.step() if token.token is not None)
+
+
+def _check(prompt: int, sampling: Sampling, longest: int) -> None:
+    new = sampling.max_new_tokens
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token, such as <|endoftext|>")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}, but must be at least 0")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1")
-    # the last token is not fed back
-    length = len(prompt) + max_new_tokens - 1
-    if length > config.max_seq_len:
+    if new < 1:
+        raise ValueError(f"max_new_tokens is {new}, but must be at least 1")
+    if sampling.temperature < 0:
+        raise ValueError(f"temperature is {sampling.temperature}, but must be at least 0")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"top_p is {sampling.top_p}, but must be above 0 and at most 1")
+    if prompt + new - 1 > longest:  # the last token is not fed back
         raise ValueError(
-            f"max_new_tokens is {max_new_tokens}, but after a prompt of {len(prompt)} tokens must be at most "
-            f"{max(0, config.max_seq_len + 1 - len(prompt))}: the model's max_seq_len is {config.max_seq_len}"
+            f"max_new_tokens is {new}, but after a prompt of {prompt} tokens must be at most "
+            f"{max(0, longest + 1 - prompt)}: the model's max_seq_len is {longest}"
         )
-    return _generate(model, list(prompt), max_new_tokens, temperature, top_p, seed, stop, vocab_size)
-
-
-def _generate(
-    model: Transformer,
-    prompt: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    stop: set[int] | frozenset[int],
-    vocab_size: int | None,
-) -> Iterator[int]:
-    weight = model.tok_embeddings.weight
-    cache = KVCache(
-        model.config, 1, len(prompt) + max_new_tokens - 1, weight.device, model.compute_dtype or weight.dtype
-    )
-    generator = torch.Generator().manual_seed(seed)
-    tokens = prompt
-    for _ in range(max_new_tokens):
-        # entered anew for each token: a generator that yields inside would leave its caller in inference mode
-        with torch.inference_mode():
-            last = torch.tensor([len(tokens) - 1], device=weight.device)
-            logits = model(torch.tensor([tokens], device=weight.device), cache=cache, positions=last)[0]
-        token = choose(logits[:vocab_size], temperature, top_p, generator)
-        if token in stop:
-            return
-        yield token
-        tokens = [token]

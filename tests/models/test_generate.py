@@ -1,12 +1,15 @@
-"""Generation with a cache against full recomputation, and sampling against the probabilities it must follow."""
+"""Generation against transformers' and against full recomputation, and sampling against its probabilities."""
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from models.config import ModelConfig
-from models.generate import KVCache, choose, generate
+from models.generate import Engine, KVCache, Sampling, choose, generate
+from models.hugging_face import save_pretrained
 from models.transformer import Transformer
 
 TINY = ModelConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32)
@@ -91,12 +94,14 @@ def test_impossible_settings_are_refused_at_the_call(settings, message):
         generate(Transformer(TINY), **settings)
 
 
+def drawn(logits, temperature, top_p, uniform):
+    rows = len(uniform)
+    return choose(logits.expand(rows, -1), torch.full((rows,), temperature), torch.full((rows,), top_p), uniform)
+
+
 def frequencies(logits, temperature, top_p, draws=20000):
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(len(logits))
-    for _ in range(draws):
-        counts[choose(logits, temperature, top_p, generator)] += 1
-    return counts / draws
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
+    return torch.bincount(drawn(logits, temperature, top_p, uniform), minlength=len(logits)) / draws
 
 
 def test_draws_follow_the_tempered_softmax():
@@ -113,5 +118,163 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p():
 
 def test_a_tiny_nucleus_is_the_likeliest_token():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(3))
-    generator = torch.Generator().manual_seed(0)
-    assert {choose(logits, 1.0, 1e-9, generator) for _ in range(50)} == {int(logits.argmax())}
+    assert set(drawn(logits, 1.0, 1e-9, torch.linspace(0, 1 - 2**-24, 50)).tolist()) == {int(logits.argmax())}
+
+
+# The engine
+
+
+def in_transformers(model, folder):
+    """The same model as transformers' own."""
+    save_pretrained(model.state_dict(), model.config, str(folder))
+    return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+
+
+def greedy(theirs, prompt, max_new_tokens, stop=None):
+    """transformers' greedy continuation of one prompt, without the id that ends it."""
+    ids = theirs.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), pad_token_id=0,
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop,
+    )[0, len(prompt) :].tolist()  # fmt: skip
+    return ids[: ids.index(stop)] if stop in ids else ids
+
+
+def prompts(count, longest=20, seed=0):
+    """Random prompts of 1 to `longest` tokens."""
+    draws = random.Random(seed)
+    return [[draws.randrange(61) for _ in range(draws.randint(1, longest))] for _ in range(count)]
+
+
+def texts(engine, requests):
+    """What an engine says to (prompt, sampling) pairs, all submitted at once."""
+    numbers = [engine.submit(*request) for request in requests]
+    said = {number: [] for number in numbers}
+    while engine.busy:
+        for token in engine.step():
+            said[token.request].append(token)
+    assert all(tokens[-1].finished and not any(t.finished for t in tokens[:-1]) for tokens in said.values())
+    return [[t.token for t in said[number] if t.token is not None] for number in numbers]
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mup"])
+def test_texts_that_come_and_go_are_transformers_greedy_texts(tmp_path, n_kv_heads, kind):
+    shape = {"llama": {}, "qwen3": {"qk_norm": True, "tied_embeddings": True}, "mup": {"base_width": 16}}[kind]
+    model = sharpened(replace(TINY, n_kv_heads=n_kv_heads, **shape), seed=1)
+    theirs = in_transformers(model, tmp_path)
+    draws = random.Random(1)
+    asked = [(p, Sampling(draws.randint(1, 12), stop=frozenset({7}))) for p in prompts(24)]
+    engine = Engine(model, slots=5)
+    said, numbers, most = {}, {}, 0
+    while asked or engine.busy:
+        for _ in range(min(len(asked), draws.choice([0, 0, 1, 3, 9]))):  # some come while others are under way
+            request = asked.pop()
+            numbers[engine.submit(*request)] = request
+        for token in engine.step():
+            said.setdefault(token.request, []).append(token)
+        most = max(most, engine.active)
+    assert most == 5
+    for number, (prompt, sampling) in numbers.items():
+        expected = greedy(theirs, prompt, sampling.max_new_tokens, stop=7)
+        assert [t.token for t in said[number] if t.token is not None] == expected
+        assert said[number][-1].finished == ("length" if len(expected) == sampling.max_new_tokens else "stop")
+        assert all(t.finished is None for t in said[number][:-1])
+    assert len({tuple(t.token for t in tokens) for tokens in said.values()}) > 15  # else equality would say little
+
+
+def test_log_probabilities_are_those_of_the_whole_sequence(tmp_path):
+    model = sharpened(TINY, seed=1)
+    theirs = in_transformers(model, tmp_path)
+    engine = Engine(model, slots=3, vocab_size=59)
+    asked = {
+        engine.submit(p, Sampling(9, temperature=t)): p for p, t in zip(prompts(6), [0, 1, 0, 3, 1, 0], strict=True)
+    }
+    said = {number: [] for number in asked}
+    while engine.busy:
+        for token in engine.step():
+            said[token.request].append(token)
+    for number, prompt in asked.items():
+        ids = [t.token for t in said[number]]
+        with torch.no_grad():
+            logits = theirs(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, :59]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor([t.log_probability for t in said[number]]), expected, rtol=0, atol=1e-4)
+
+
+def test_a_text_does_not_depend_on_who_shares_the_batch():
+    model = sharpened(TINY, seed=2)
+    requests = [
+        (p, Sampling(11, temperature=i % 3, top_p=[1.0, 0.9][i % 2], seed=i)) for i, p in enumerate(prompts(20))
+    ]
+    alone = [texts(Engine(model, slots=1), [request])[0] for request in requests]
+    assert texts(Engine(model, slots=7), requests) == alone
+    assert texts(Engine(model, slots=20), requests[::-1])[::-1] == alone
+    by_iterator = [
+        list(generate(model, p, max_new_tokens=11, temperature=s.temperature, top_p=s.top_p, seed=s.seed))
+        for p, s in requests
+    ]
+    assert by_iterator == alone
+
+
+def test_prompts_that_begin_alike_read_the_beginning_once_and_give_the_same_text(tmp_path):
+    model = sharpened(replace(TINY, max_seq_len=128), seed=3)
+    theirs = in_transformers(model, tmp_path)
+    first, second = ([random.Random(s).randrange(61) for _ in range(60)] for s in (1, 2))
+    ends = prompts(16, longest=9, seed=4)
+    asked = [(first if i % 3 else second) + end for i, end in enumerate(ends)]
+    asked += [first + ends[1] + [3, 4], first, [*first[:40], 5], asked[0]]
+    engine = Engine(model, slots=4)
+    read = []
+    prompt = engine._decoder.prompt
+    engine._decoder.prompt = lambda tokens, *rest: read.extend(map(len, tokens)) or prompt(tokens, *rest)
+    said = texts(engine, [(p, Sampling(10)) for p in asked])
+    assert said == [greedy(theirs, p, 10) for p in asked]
+    assert sum(read) < 2 * 60 + 20 * 20 < sum(map(len, asked))
+
+
+def test_a_cancelled_text_gives_nothing_more_and_leaves_the_others_alone():
+    model = sharpened(TINY, seed=2)
+    requests = [(p, Sampling(12)) for p in prompts(6)]
+    expected = texts(Engine(model, slots=3), requests)
+    engine = Engine(model, slots=3)
+    numbers = [engine.submit(*request) for request in requests]
+    said = {number: [] for number in numbers}
+    for _ in range(3):
+        for token in engine.step():
+            said[token.request].append(token.token)
+    engine.cancel(numbers[0])
+    engine.cancel(numbers[5])  # waits still
+    engine.cancel(12345)
+    before = list(said[numbers[0]])
+    assert (engine.active, engine.waiting) == (2, 2)
+    while engine.busy:
+        for token in engine.step():
+            said[token.request].append(token.token)
+    assert said[numbers[0]] == before
+    assert said[numbers[5]] == []
+    assert [said[number] for number in numbers[1:5]] == expected[1:5]
+
+
+def test_an_engine_leaves_the_model_as_it_is_and_holds_its_weights_once():
+    model = sharpened(TINY, seed=2)
+    tokens = torch.tensor([prompts(1)[0]])
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    logits = model(tokens)
+    first, second = Engine(model, slots=1), Engine(model, slots=2)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(model(tokens), logits, rtol=0, atol=0)
+    layer = model.layers[1]
+    for engine in (first, second):
+        joined = engine._decoder.layers[1]
+        assert joined.w_qkv.data_ptr() == layer.attention.w_q.weight.data_ptr()
+        assert joined.w_gate_up.data_ptr() == layer.feed_forward.w_gate.weight.data_ptr()
+
+
+def test_an_engine_refuses_what_does_not_fit():
+    model = Transformer(TINY)
+    with pytest.raises(ValueError, match="slots is 0"):
+        Engine(model, slots=0)
+    with pytest.raises(ValueError, match="max_seq_len 32"):
+        Engine(model, length=33)
+    with pytest.raises(ValueError, match="at most 3"):
+        Engine(model, length=8).submit([1] * 6, Sampling(4))

@@ -1,0 +1,320 @@
+"""A model laid out for generation: matrices joined, in the dtype they are computed in, and a preallocated cache of keys
+and values with one row for each text.
+
+The same arithmetic as `models.transformer.Transformer`, in few operations. One forward serves prompts (several tokens
+of a few rows) and steps (one token of each row). On CUDA a step is compiled and recorded as one CUDA graph of all rows;
+its attention reads as many keys as each row has (`models.kernels.decode_attention`), so that one graph serves all
+lengths.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models import kernels
+from models.attention import causal_attention
+from models.transformer import Linear, Transformer
+
+# of those that take a mask, the one that holds no matrix of all pairs comes first
+_MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From queries, keys and values of these tokens, (N, heads, head_dim), and a layer's cache of keys and of values, to
+what the heads give, (N, n_heads · head_dim)."""
+
+
+class Layer(NamedTuple):
+    """Weights of one block, in the compute dtype; norms in fp32."""
+
+    attention_norm: Tensor  # (d_model,)
+    w_qkv: Tensor  # ((n_heads + 2·n_kv_heads) · head_dim, d_model)
+    q_norm: Tensor | None  # (head_dim,)
+    k_norm: Tensor | None
+    w_o: Tensor  # (d_model, n_heads · head_dim)
+    ffn_norm: Tensor
+    w_gate_up: Tensor  # (2·d_ff, d_model)
+    w_down: Tensor  # (d_model, d_ff)
+
+
+class Decoder:
+    """A model, a cache of `rows` texts of up to `length` tokens each, and the forward pass over both.
+
+    Where the model's weights have the compute dtype already, joined matrices take their place, so that nothing is held
+    twice; the model works on as before.
+
+    Args:
+        model: on any device, not sharded.
+        rows: texts there is room for.
+        length: tokens there is room for in each.
+        compiled: compile a step, and on CUDA record it as a graph; takes some ten seconds at the first step.
+
+    Attributes:
+        cache: keys and values, (n_layers, 2, rows, places, n_kv_heads, head_dim). Place `length` of each row takes what
+            belongs nowhere.
+    """
+
+    def __init__(self, model: Transformer, rows: int, length: int, compiled: bool):
+        config = model.config
+        weight = model.tok_embeddings.weight
+        self.device, self.dtype = weight.device, model.compute_dtype or weight.dtype
+        self.rows, self.length = rows, length
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.eps, self.output_multiplier = config.norm_eps, model.output_multiplier
+        with torch.no_grad():
+            self.layers = [self._layer(block) for block in model.layers]
+            self.norm = model.norm.weight.detach().float()
+            self.embedding = weight.detach().to(self.dtype)
+            tied = model.output.weight is weight
+            self.output = self.embedding if tied else model.output.weight.detach().to(self.dtype)
+            cos, sin = model.rotary[:, :length]
+            # of both halves of a head, with the sign that a half gets when they are exchanged
+            self.cos, self.sin = torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+            self.places = -(-(length + 1) // 8) * 8  # kernels with a mask want multiples of 8
+            # zeros: what is masked is still multiplied by 0, and NaN would stay
+            shape = (config.n_layers, 2, rows, self.places, config.n_kv_heads, config.head_dim)
+            self.cache = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        self.compiled = compiled
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def _layer(self, block: torch.nn.Module) -> Layer:
+        attention, ffn = block.attention, block.feed_forward
+        return Layer(
+            block.attention_norm.weight.detach().float(),
+            _join(self.dtype, attention.w_q, attention.w_k, attention.w_v),
+            attention.q_norm.weight.detach().float() if attention.qk_norm else None,
+            attention.k_norm.weight.detach().float() if attention.qk_norm else None,
+            attention.w_o.weight.detach().to(self.dtype),
+            block.ffn_norm.weight.detach().float(),
+            _join(self.dtype, ffn.w_gate, ffn.w_up),
+            ffn.w_down.weight.detach().to(self.dtype),
+        )
+
+    def copy(self, sources: list[int], row: int, length: int) -> None:
+        """Copy the first `length` places of the source rows to as many rows from `row` on."""
+        for layer in self.cache:  # one at a time: what is copied is held twice in between
+            layer[:, row : row + len(sources), :length] = layer[:, sources, :length]
+
+    def prompt(self, tokens: list[list[int]], row: int, starts: list[int]) -> Tensor:
+        """Read several texts' next tokens, filling the cache, and give the logits after each, (texts, vocab).
+
+        Args:
+            tokens: of each text, at least one; that of the first goes to row `row`, and so on.
+            row: of the first.
+            starts: tokens that each row holds before these.
+        """
+        sizes = [len(t) for t in tokens]
+        longest, texts = max(sizes), len(tokens)
+        padded = torch.tensor([[*t, *[0] * (longest - len(t))] for t in tokens])
+        index, start, size = torch.arange(longest), torch.tensor(starts)[:, None], torch.tensor(sizes)[:, None]
+        positions = start + index
+        places = positions.where(index < size, self.length)  # padding is kept out of the way
+        positions = positions.clamp(max=self.length - 1)
+        stop = min(self.places, -(-max(s + n for s, n in zip(starts, sizes, strict=True)) // 8) * 8)
+        places = places + torch.arange(row, row + texts)[:, None] * self.places
+        padded, positions, places = (t.to(self.device) for t in (padded, positions, places))
+        # texts from their beginnings on are padded at their ends, so causal attention suffices
+        cached = max(starts) > 0
+        attend = _attend_cached(row, texts, stop, positions, self) if cached else _attend_causally(texts)
+        x = self._blocks(padded.flatten(), positions.flatten(), places.flatten(), attend)
+        last = torch.tensor([i * longest + n - 1 for i, n in enumerate(sizes)], device=self.device)
+        return self._head(x[last])
+
+    def step(self, tokens: list[int], lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Read one more token of each of the first rows, filling the cache.
+
+        Args:
+            tokens: one for each row from the first on.
+            lengths: tokens that each row holds before it.
+
+        Returns:
+            Logits, (rows, vocab), their maximum's index, (rows,), and the logarithm of the sum of their exponentials,
+            fp32, (rows,): on CUDA of all rows, valid until the next step.
+        """
+        if self.compiled and self.device.type == "cuda" and kernels.decode_attention is not None:
+            return self._recorded_step(tokens, lengths)
+        rows, longest = len(tokens), max(lengths) + 1
+        given = torch.tensor([tokens, lengths]).to(self.device)
+        positions = given[1]
+        places = positions + torch.arange(rows, device=self.device) * self.places
+        if min(lengths) + 1 == longest:
+            attend = _attend_cached(0, rows, longest, None, self)
+        else:
+            stop = min(self.places, -(-longest // 8) * 8)
+            attend = _attend_cached(0, rows, stop, positions[:, None], self)
+        return _best(self._head(self._blocks(given[0], positions, places, attend)))
+
+    def _blocks(
+        self, tokens: Tensor, positions: Tensor, places: Tensor, attend: Attend, parts: "Parts | None" = None
+    ) -> Tensor:
+        """The residual stream after all blocks, (N, d_model), of N tokens of any rows."""
+        before, between, after = parts or (_before, _between, _after)
+        shape = (self.n_heads, self.n_kv_heads, self.head_dim, self.eps)
+        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        x = F.embedding(tokens, self.embedding)
+        q, k, v = before(x, self.layers[0], cos, sin, shape)
+        for i, layer in enumerate(self.layers):
+            keys, values = self.cache[i]
+            keys.flatten(0, 1).index_copy_(0, places, k)
+            values.flatten(0, 1).index_copy_(0, places, v)
+            mixed = attend(q, k, v, keys, values)
+            if i + 1 < len(self.layers):
+                x, q, k, v = between(x, mixed, layer, self.layers[i + 1], cos, sin, shape)
+        return after(x, mixed, self.layers[-1], self.eps)
+
+    def _head(self, x: Tensor) -> Tensor:
+        x = _rms_norm(x, self.norm, self.eps)
+        if self.output_multiplier != 1:  # muP
+            x = x * self.output_multiplier
+        return F.linear(x, self.output)
+
+    def _record(self) -> None:
+        """Compile a step of all rows, and record it as a graph."""
+        self._given = torch.zeros((3, self.rows), dtype=torch.int64, device=self.device)
+        parts: Parts = tuple(torch.compile(part, dynamic=False) for part in (_before, _between, _after))
+        best = torch.compile(_best, dynamic=False)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return kernels.decode_attention(q, keys, values, self._given[1] + 1).flatten(1)
+
+        def step() -> tuple[Tensor, Tensor, Tensor]:
+            return best(self._head(self._blocks(*self._given, attend, parts)))
+
+        self._given[2] = torch.arange(self.rows, device=self.device) * self.places + self.length
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):  # what is compiled and chosen at first use is not to be recorded
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._results = step()
+
+    def _recorded_step(self, tokens: list[int], lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        if self._graph is None:
+            self._record()
+        idle = self.rows - len(tokens)
+        # rows without a text write where nothing is read, and attend to one key
+        places = [row * self.places + length for row, length in enumerate(lengths)]
+        places += [row * self.places + self.length for row in range(len(tokens), self.rows)]
+        given = torch.tensor([[*tokens, *[0] * idle], [*lengths, *[0] * idle], places]).pin_memory()
+        self._given.copy_(given, non_blocking=True)
+        self._graph.replay()
+        return self._results
+
+
+Parts = tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]
+
+
+def _join(dtype: torch.dtype, *linears: Linear) -> Tensor:
+    """The matrices of linear layers that read the same input, below each other, (sum of d_out, d_in)."""
+    weights = [linear.weight.detach() for linear in linears]
+    if weights[0].dtype != dtype:
+        return torch.cat([weight.to(dtype) for weight in weights])
+    sizes = [len(weight) for weight in weights]
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    first = weights[0]
+    memory = first.untyped_storage()
+    adjacent = all(
+        w.data_ptr() == end and w.untyped_storage().data_ptr() == memory.data_ptr()
+        for w, end in zip(weights[1:], ends, strict=False)
+    )
+    if adjacent:  # by an earlier call
+        return first.as_strided((sum(sizes), first.shape[1]), (first.shape[1], 1))
+    whole = torch.cat(weights)
+    for linear, part in zip(linears, whole.split(sizes), strict=True):
+        linear.weight.data = part
+    return whole
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`models.transformer.rotate` of heads, (N, heads, head_dim), with rows of `Decoder.cos` and `Decoder.sin`."""
+    wide = x.float()
+    return (wide * cos).addcmul(wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+def _before(
+    x: Tensor, layer: Layer, cos: Tensor, sin: Tensor, shape: tuple[int, int, int, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (N, heads, head_dim), of the residual stream, (N, d_model)."""
+    n_heads, n_kv_heads, head_dim, eps = shape
+    heads = F.linear(_rms_norm(x, layer.attention_norm, eps), layer.w_qkv).unflatten(-1, (-1, head_dim))
+    v = heads[:, n_heads + n_kv_heads :]
+    if layer.q_norm is None:
+        q, k = _rotated(heads[:, : n_heads + n_kv_heads], cos, sin).split([n_heads, n_kv_heads], dim=1)
+        return q, k, v
+    q, k = heads[:, :n_heads], heads[:, n_heads : n_heads + n_kv_heads]
+    q, k = _rms_norm(q, layer.q_norm, eps), _rms_norm(k, layer.k_norm, eps)
+    return _rotated(q, cos, sin), _rotated(k, cos, sin), v
+
+
+def _after(x: Tensor, mixed: Tensor, layer: Layer, eps: float) -> Tensor:
+    """The residual stream after a block, from that before it and from what its heads gave, (N, n_heads · head_dim)."""
+    x = x + F.linear(mixed, layer.w_o)
+    gate, up = F.linear(_rms_norm(x, layer.ffn_norm, eps), layer.w_gate_up).chunk(2, dim=-1)
+    return x + F.linear(F.silu(gate) * up, layer.w_down)
+
+
+def _between(
+    x: Tensor, mixed: Tensor, layer: Layer, following: Layer, cos: Tensor, sin: Tensor,
+    shape: tuple[int, int, int, float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """From the attention of one block to that of the next."""
+    x = _after(x, mixed, layer, shape[-1])
+    return x, *_before(x, following, cos, sin, shape)
+
+
+def _best(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return logits, logits.argmax(-1), logits.float().logsumexp(-1)
+
+
+def _attend_causally(texts: int) -> Attend:
+    """Attention of texts to themselves alone, padded at their ends to the same length."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (texts, -1)).transpose(1, 2) for x in (q, k, v))
+        return causal_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    return attend
+
+
+def _attend_cached(row: int, texts: int, stop: int, positions: Tensor | None, decoder: Decoder) -> Attend:
+    """Attention of texts in rows row, row + 1 … to the first `stop` places of the cache, up to each one's position.
+
+    Args:
+        row: of the first text.
+        texts: their number.
+        stop: places to attend to at most.
+        positions: of the queries, (texts, T); None is one query each, to all `stop` places.
+        decoder: whose cache it is.
+    """
+    group = decoder.n_heads // decoder.n_kv_heads
+    mask = None
+    if positions is not None:
+        hidden = torch.arange(stop, device=decoder.device) > positions[:, None, :, None]
+        mask = torch.zeros(hidden.shape, dtype=decoder.dtype, device=decoder.device).masked_fill_(hidden, -torch.inf)
+        if positions.shape[1] > 1:
+            mask = mask.repeat(1, 1, group, 1)
+
+    # heads that share keys are further queries of them: keys are read once, and no kernel needs to know groups
+    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q = q.view(texts, -1, k.shape[1], group, q.shape[2]).permute(0, 2, 3, 1, 4)
+        keys, values = (x[row : row + texts, :stop].transpose(1, 2) for x in (keys, values))
+        if q.is_cuda:
+            with sdpa_kernel(_MASKED, set_priority=True):
+                out = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)
+        else:
+            out = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)
+        return out.unflatten(2, q.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
+
+    return attend
