@@ -12,7 +12,7 @@ import tempfile
 
 from jobs.placing import Write, place
 from jobs.settings import ExportJob
-from jobs.trained import Trained, find, load
+from jobs.trained import Trained, load, located
 from pipelines import storage
 from pipelines.tokenizer import END_OF_TEXT, PAD
 
@@ -25,10 +25,10 @@ def run(settings: ExportJob) -> None:
     Raises:
         SettingsError: there is no such run or checkpoint.
     """
-    find(settings)  # before anything is asked of a cluster
+    settings = located(settings)
     # On a cluster it is done in another process, whose working directory is another.
     output = settings.output and storage.absolute(settings.output)
-    settings = dataclasses.replace(settings, workspace=storage.absolute(settings.workspace), output=output)
+    settings = dataclasses.replace(settings, output=output)
     place(_export, settings, sys.stdout.write)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import dataclasses
 import sys
 from collections.abc import Iterator
 
 from jobs.placing import Write, place
 from jobs.settings import GenerateJob, SettingsError
-from jobs.trained import Trained, find, load
-from pipelines import storage
+from jobs.trained import Trained, load, located
 
 
 def run(settings: GenerateJob) -> None:
@@ -19,9 +17,7 @@ def run(settings: GenerateJob) -> None:
     Raises:
         SettingsError: a setting is out of range, or there is no such run.
     """
-    find(settings)  # before anything is asked of a cluster
-    settings = dataclasses.replace(settings, workspace=storage.absolute(settings.workspace))
-    place(_generate, settings, _print, settings.device, settings.cpus)
+    place(_generate, located(settings), _print, settings.device, settings.cpus)
 
 
 def _print(piece: str) -> None:
@@ -46,8 +42,8 @@ def text(trained: Trained, settings: GenerateJob) -> Iterator[str]:
     from models.generate import generate
 
     tokenizer = trained.tokenizer
-    # a document begins where the one before it ended
-    prompt = [tokenizer.eot_id, *tokenizer.encode(settings.prompt)]
+    # a document begins where the one before it ended, unless the model has a token for that
+    prompt = [tokenizer.bos_id, *tokenizer.encode(settings.prompt)]
     try:
         tokens = generate(
             trained.model,

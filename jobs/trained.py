@@ -1,11 +1,16 @@
-"""A trained run, ready to use: its model with a checkpoint's weights, and the tokenizer."""
+"""A trained model, ready to use, with its tokenizer: a run's checkpoint, or a folder in Llama format."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import xxhash
+
+from jobs.model_folder import fingerprint, model_folder, open_model
 from jobs.run_folder import StoredRun
 from jobs.settings import OfRun, SettingsError
 from pipelines import storage
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ingot")
 
+Settings = TypeVar("Settings", bound=OfRun)
+
 
 @dataclass
 class Trained:
@@ -27,48 +34,50 @@ class Trained:
 
     Attributes:
         model: on the GPU in bf16 when there is one, else on the CPU in fp32; in evaluation mode.
-        tokenizer: that the run's tokens were made with.
-        step: of the checkpoint.
+        tokenizer: that the model's tokens were made with.
+        step: of the checkpoint; None for a model that is no run's.
         device: where the model is.
+        name: of the run, or of the model's folder or repository.
+        fingerprint: of weights, shape and tokenizer: equal fingerprints mean equal answers.
     """
 
     model: Transformer
     tokenizer: Tokenizer
-    step: int
+    step: int | None
     device: torch.device
+    name: str
+    fingerprint: str
 
 
 def load(settings: OfRun, device: str | None = None) -> Trained:
-    """Load the run that the settings name; ``device`` None takes a GPU when there is one.
+    """Load the run or the model that the settings name; ``device`` None takes a GPU when there is one.
 
     Raises:
-        SettingsError: there is no such run or checkpoint.
+        SettingsError: there is no such run, checkpoint or model, or one that cannot be represented.
         FileNotFoundError: the tokenizer is not there.
     """
     import torch
 
-    from models.config import ModelConfig
     from models.parallel import parallelize
-    from models.training.checkpoints import load_weights
-    from models.transformer import Transformer
 
-    workspace = storage.absolute(settings.workspace)
-    folder, facts, entry = find(settings)
-    tokenizer = Tokenizer.load(storage.join(workspace, "tokenizer"))
-    config = ModelConfig(**facts["model"])
-    made = read_manifest(storage.join(workspace, "tokenizer"))
-    if made is None or made["fingerprint"] != facts["tokenizer"]:
-        raise SettingsError(
-            f"tokenizer: the one in {workspace}/tokenizer is not the one that run {settings.name} was trained with; "
-            "it was trained anew since"
-        )
-    model = Transformer(config, seed=None)
-    try:
-        load_weights(folder, entry.folder, model)
-    except ValueError as error:
-        raise SettingsError(f"step is {entry.step}; {error}") from None
+    load_one = _load_run if settings.model is None else _load_model
+    model, tokenizer, step, name, made_of = load_one(settings)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Trained(parallelize(model, None, where).eval(), tokenizer, entry.step, where)
+    return Trained(parallelize(model, None, where).eval(), tokenizer, step, where, name, made_of)
+
+
+def located(settings: Settings) -> Settings:
+    """The settings with paths for any process; refuses what is not there before anything is asked of a cluster.
+
+    Raises:
+        SettingsError: there is no such run, checkpoint or model.
+    """
+    settings = dataclasses.replace(settings, workspace=storage.absolute(settings.workspace))
+    if settings.model is None:
+        find(settings)
+        return settings
+    # a repository is fetched where it is used
+    return dataclasses.replace(settings, model=model_folder(settings.model, fetch=False))
 
 
 def find(settings: OfRun) -> tuple[StoredRun, dict[str, Any], Entry]:
@@ -83,6 +92,69 @@ def find(settings: OfRun) -> tuple[StoredRun, dict[str, Any], Entry]:
     if facts is None:
         raise SettingsError(f"name is {settings.name!r}; there is no such run in {workspace}/runs")
     return folder, facts, _checkpoint(folder, settings)
+
+
+def model_name(model: str) -> str:
+    """What a model that is no run's is called in the workspace: the last part of its folder or repository."""
+    return storage.file_name(model)
+
+
+def run_fingerprint(settings: OfRun) -> str:
+    """``Trained.fingerprint`` of a run's checkpoint, without loading it.
+
+    Raises:
+        SettingsError: there is no such run or checkpoint.
+    """
+    return _fingerprint_of(*find(settings))
+
+
+def _fingerprint_of(folder: StoredRun, facts: dict[str, Any], entry: Entry) -> str:
+    from models.training.checkpoints import read_receipt
+
+    # The receipt has the hashes of the checkpoint's files.
+    receipt = read_receipt(folder, entry.folder) or {}
+    parts = [facts["model"], facts["tokenizer"], entry.step, receipt.get("files")]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def _load_run(settings: OfRun) -> tuple[Transformer, Tokenizer, int, str, str]:
+    from models.config import ModelConfig
+    from models.training.checkpoints import load_weights
+    from models.transformer import Transformer
+
+    workspace = storage.absolute(settings.workspace)
+    folder, facts, entry = find(settings)
+    tokenizer = Tokenizer.load(storage.join(workspace, "tokenizer"))
+    made = read_manifest(storage.join(workspace, "tokenizer"))
+    if made is None or made["fingerprint"] != facts["tokenizer"]:
+        raise SettingsError(
+            f"tokenizer: the one in {workspace}/tokenizer is not the one that run {settings.name} was trained with; "
+            "it was trained anew since"
+        )
+    model = Transformer(ModelConfig(**facts["model"]), seed=None)
+    try:
+        load_weights(folder, entry.folder, model)
+    except ValueError as error:
+        raise SettingsError(f"step is {entry.step}; {error}") from None
+    return model, tokenizer, entry.step, settings.name, _fingerprint_of(folder, facts, entry)
+
+
+def _load_model(settings: OfRun) -> tuple[Transformer, Tokenizer, None, str, str]:
+    from models.transformer import Transformer
+
+    folder = model_folder(settings.model)
+    pretrained = open_model(folder)
+    eos = pretrained.content.get("eos_token_id")
+    tokenizer = Tokenizer.of_model(folder, eos[0] if isinstance(eos, list) else eos)
+    rows = pretrained.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise SettingsError(f"model is {settings.model!r}; its tokenizer has {tokenizer.vocab_size} ids, it has {rows}")
+    model = Transformer(pretrained.config, seed=None)
+    try:
+        model.read_weights(pretrained.tensors)
+    except ValueError as error:
+        raise SettingsError(f"model is {settings.model!r}; {error}") from None
+    return model, tokenizer, None, model_name(settings.model), fingerprint(folder, pretrained)
 
 
 def _checkpoint(folder: StoredRun, settings: OfRun) -> Entry:

@@ -13,6 +13,38 @@ def _require(condition: bool, setting: str, value: object, allowed: str) -> None
 
 
 @dataclass
+class RopeScaling:
+    """How the rotary frequencies were stretched for longer sequences, as Llama 3.1 has it (Grattafiori et al. 2024).
+
+    Wavelengths above original_max_seq_len / low_freq_factor grow by `factor`, those below original_max_seq_len /
+    high_freq_factor stay, and in between the frequency is interpolated.
+    """
+
+    factor: float
+    """By how much the longest wavelengths grow."""
+    low_freq_factor: float
+    """Turns within the original length below which a frequency is divided by the whole factor."""
+    high_freq_factor: float
+    """Turns within the original length above which a frequency stays as it is."""
+    original_max_seq_len: int
+    """Longest sequence before the stretch, in tokens."""
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: with the setting's name, its value, and what is allowed.
+        """
+        low, high = self.low_freq_factor, self.high_freq_factor
+        _require(self.factor >= 1, "model.rope_scaling.factor", self.factor, "at least 1")
+        _require(
+            0 < low < high, "model.rope_scaling.low_freq_factor", low, f"above 0 and below high_freq_factor {high}"
+        )
+        length = self.original_max_seq_len
+        _require(length >= 1, "model.rope_scaling.original_max_seq_len", length, "at least 1")
+
+
+@dataclass
 class ModelConfig:
     """Shape of a Llama-class decoder (Touvron et al. 2023): pre-RMSNorm, rotary embedding, SwiGLU, no biases."""
 
@@ -41,11 +73,24 @@ class ModelConfig:
     base_width: int | None = None
     """d_model at which the learning rate was tuned: it then serves this width too (muP, `models.widths`); null is the
     standard parametrization."""
+    head_width: int | None = None
+    """Width of one attention head where it is not d_model / n_heads, as in many Qwen3 models; null is that."""
+    rope_scaling: RopeScaling | None = None
+    """Stretched rotary frequencies of a model that was made so; null is none."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, dict):  # read from JSON
+            self.rope_scaling = RopeScaling(**self.rope_scaling)
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.d_model // self.n_heads
+        return self.d_model // self.n_heads if self.head_width is None else self.head_width
+
+    @property
+    def q_dim(self) -> int:
+        """Width of all query heads together."""
+        return self.n_heads * self.head_dim
 
     def validate(self) -> None:
         """Check the shape.
@@ -56,14 +101,18 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
         _require(
-            self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"a divisor of d_model {self.d_model}"
+            self.head_width is not None or self.d_model % self.n_heads == 0,
+            "model.n_heads",
+            self.n_heads,
+            f"a divisor of d_model {self.d_model}",
         )
         _require(
-            self.head_dim % 2 == 0,
+            self.head_width is not None or self.head_dim % 2 == 0,
             "model.n_heads",
             self.n_heads,
             f"such that d_model / n_heads is even (rotary embedding turns pairs); d_model is {self.d_model}",
         )
+        _require(self.head_dim >= 2 and self.head_dim % 2 == 0, "model.head_width", self.head_width, "even, or null")
         _require(
             self.n_heads % self.n_kv_heads == 0,
             "model.n_kv_heads",
@@ -73,9 +122,11 @@ class ModelConfig:
         _require(self.base_width is None or self.base_width >= 1, "model.base_width", self.base_width, "at least 1")
         _require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "above 0")
         _require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "above 0")
+        if self.rope_scaling is not None:
+            self.rope_scaling.validate()
 
     def _n_block_matmul_params(self) -> int:
-        attention = 2 * self.d_model**2 + 2 * self.d_model * self.n_kv_heads * self.head_dim
+        attention = 2 * self.d_model * self.q_dim + 2 * self.d_model * self.n_kv_heads * self.head_dim
         return attention + 3 * self.d_model * self.d_ff
 
     def n_matmul_params(self) -> int:
@@ -91,12 +142,12 @@ class ModelConfig:
         return self.n_matmul_params() + norms + embedding
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of one training step per token: 6·N + 12·L·d·T.
+        """Floating-point operations of one training step per token: 6·N + 12·L·H·Q·T.
 
-        N is `n_matmul_params`; attention is counted in full, not halved for causality, as PaLM does
-        (Chowdhery et al. 2022, appendix B).
+        N is `n_matmul_params`, H·Q the heads' width, mostly d_model; attention is counted in full, not halved for
+        causality, as PaLM does (Chowdhery et al. 2022, appendix B).
         """
-        return 6 * self.n_matmul_params() + 12 * self.n_layers * self.d_model * seq_len
+        return 6 * self.n_matmul_params() + 12 * self.n_layers * self.q_dim * seq_len
 
 
 PRESETS: dict[str, ModelConfig] = {

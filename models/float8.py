@@ -49,8 +49,9 @@ def convert(model: Transformer) -> None:
     for name in ("d_model", "d_ff"):
         if getattr(config, name) % 16:
             raise ValueError(f"model.{name} is {getattr(config, name)}, but fp8 needs a multiple of 16")
-    if config.n_kv_heads * config.head_dim % 16:
-        raise ValueError(f"n_kv_heads · head_dim is {config.n_kv_heads * config.head_dim}, not a multiple of 16 (fp8)")
+    for heads in ("n_heads", "n_kv_heads"):
+        if (width := getattr(config, heads) * config.head_dim) % 16:
+            raise ValueError(f"{heads} · head_dim is {width}, not a multiple of 16 (fp8)")
     for block in model.layers:
         block.float8 = True
 

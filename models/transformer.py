@@ -4,7 +4,9 @@ Parallelism and precision are applied from outside (`models.parallel`); this fil
 """
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,13 +15,14 @@ from torch.distributed.tensor import DTensor
 
 from models import float8
 from models.attention import DocumentMask, causal_attention, document_mask
-from models.config import ModelConfig
+from models.config import ModelConfig, RopeScaling
 from models.kernels import add_norm, on_gpu, rotate_half, split_and_rotate, swiglu
 from models.loss import Reduction, cross_entropy
 from models.widths import initial_std, output_multiplier
 
 if TYPE_CHECKING:
     from models.generate import KVCache, LayerCache
+    from models.hugging_face import StoredTensor
 
 
 class Linear(nn.Linear):
@@ -89,15 +92,28 @@ class RMSNorm(nn.Module):
         return x, self(x)
 
 
-def rotary_table(head_dim: int, length: int, theta: float) -> Tensor:
+def rotary_table(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Cosines and sines of the rotary embedding (Su et al. 2021).
 
     Returns:
-        (2, length, head_dim / 2), fp32: cosines, then sines, of position · theta^(-2i / head_dim).
+        (2, length, head_dim / 2), fp32: cosines, then sines, of position · theta^(-2i / head_dim), or of what `scaling`
+        makes of these frequencies.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling is not None:
+        frequencies = stretched(frequencies, scaling)
     angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()])
+
+
+def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies for longer sequences, as Llama 3.1 has them (Grattafiori et al. 2024, section 3.4.2)."""
+    length, low, high = scaling.original_max_seq_len, scaling.low_freq_factor, scaling.high_freq_factor
+    wavelengths = 2 * math.pi / frequencies
+    kept = (length / wavelengths - low) / (high - low)  # 0 where the whole factor applies, 1 where none does
+    between = (1 - kept) * frequencies / scaling.factor + kept * frequencies
+    scaled = torch.where(wavelengths > length / low, frequencies / scaling.factor, between)
+    return torch.where(wavelengths < length / high, frequencies, scaled)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
@@ -118,10 +134,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.attend = causal_attention
         kv_dim = config.n_kv_heads * config.head_dim
-        self.w_q = Linear(config.d_model, config.d_model)
+        self.w_q = Linear(config.d_model, config.q_dim)
         self.w_k = Linear(config.d_model, kv_dim)
         self.w_v = Linear(config.d_model, kv_dim)
-        self.w_o = Linear(config.d_model, config.d_model)
+        self.w_o = Linear(config.q_dim, config.d_model)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -239,8 +255,7 @@ class Transformer(nn.Module):
         if config.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
         # fp32 and computed, so neither cast with the weights nor saved with them
-        table = rotary_table(config.head_dim, config.max_seq_len, config.rope_theta)
-        self.register_buffer("rotary", table, persistent=False)
+        self.register_buffer("rotary", self._rotary_table(), persistent=False)
         self.compute_dtype: torch.dtype | None = None
         self.output_multiplier = output_multiplier(config)
         self.loss = cross_entropy
@@ -263,10 +278,23 @@ class Transformer(nn.Module):
             generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(name_hash, "little"))
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             whole.normal_(0.0, initial_std(self.config, name), generator=generator)
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            local.copy_(_part(whole, parameter))
+            _local(parameter).copy_(_part(whole, parameter))
+        self.rotary.copy_(self._rotary_table())
+
+    @torch.no_grad()
+    def read_weights(self, stored: Mapping[str, "StoredTensor"]) -> None:
+        """Take weights from files: of each this worker reads its part alone, one after another.
+
+        Args:
+            stored: by parameter name, such as `models.hugging_face.Pretrained.tensors`.
+        """
+        for name, parameter in self.named_parameters():
+            _local(parameter).copy_(_part(stored[name], parameter).read())
+        self.rotary.copy_(self._rotary_table())
+
+    def _rotary_table(self) -> Tensor:
         config = self.config
-        self.rotary.copy_(rotary_table(config.head_dim, config.max_seq_len, config.rope_theta))
+        return rotary_table(config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling)
 
     def forward(
         self,
@@ -351,7 +379,15 @@ class Transformer(nn.Module):
         )  # fmt: skip
 
 
-def _part(whole: Tensor, parameter: Tensor) -> Tensor:
+def _local(parameter: Tensor) -> Tensor:
+    """What this worker holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+Whole = TypeVar("Whole", Tensor, "StoredTensor")
+
+
+def _part(whole: Whole, parameter: Tensor) -> Whole:
     """Of a tensor, what this worker holds of a parameter of its shape."""
     if not isinstance(parameter, DTensor):
         return whole

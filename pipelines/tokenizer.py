@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,44 +78,103 @@ class TokenizerSettings:
 
 
 class Tokenizer:
-    """A trained byte-level BPE tokenizer."""
+    """A byte-level BPE tokenizer that was trained here, or what a model in Hugging Face's format came with.
 
-    def __init__(self, backend: Any) -> None:
-        """Wrap a ``tokenizers.Tokenizer``."""
-        backend.encode_special_tokens = True  # not part of tokenizer.json, so it has to be set after loading
+    Attributes:
+        backend: the ``tokenizers.Tokenizer``.
+        eot_id: the token that ends a text.
+        bos_id: the token that begins one; ours begin where another ended, with the same token.
+        pad_id: the token that fills batches.
+        config: content of its ``tokenizer_config.json``; empty for ours, which need none.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        eot: str = END_OF_TEXT,
+        pad: str = PAD,
+        bos: str | None = None,
+        split_special_tokens: bool = True,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        """Wrap a ``tokenizers.Tokenizer``.
+
+        Args:
+            backend: it.
+            eot: the token that ends a text.
+            pad: the token that fills batches.
+            bos: the token that begins a text; None is the one that ends it.
+            split_special_tokens: take special tokens that are written out in a text for text.
+            config: content of ``tokenizer_config.json``.
+        """
+        backend.encode_special_tokens = split_special_tokens  # not part of tokenizer.json: set after loading
         self.backend = backend
-        self.eot_id: int = backend.token_to_id(END_OF_TEXT)
-        self.pad_id: int = backend.token_to_id(PAD)
+        self.eot_id: int = backend.token_to_id(eot)
+        self.pad_id: int = backend.token_to_id(pad)
+        self.bos_id: int = backend.token_to_id(bos or eot)
+        self.config = config or {}
 
     @classmethod
     def load(cls, uri: str) -> Tokenizer:
-        """Load ``tokenizer.json`` from a file or from the folder that holds it.
+        """Load a workspace's ``tokenizer.json`` from a file or from the folder that holds it.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is not a tokenizer, or lacks ``<|endoftext|>`` or ``<|pad|>``.
+            ValueError: it is not a tokenizer, or it is not known which of its tokens end texts and fill batches.
         """
-        from tokenizers import Tokenizer as Backend
-
         path = uri if uri.endswith(".json") else storage.join(uri, "tokenizer.json")
-        if not storage.exists(path):
-            raise FileNotFoundError(f"{path}: no such file; run `ingot tokenizer` first")
-        try:
-            backend = Backend.from_str(storage.read_bytes(path).decode())
-        except Exception as error:  # the library raises plain Exception
-            raise InputError(f"{path}: not a tokenizer file ({error})") from None
+        backend = _read_backend(path, "; run `ingot tokenizer` first")
         missing = [token for token in (END_OF_TEXT, PAD) if backend.token_to_id(token) is None]
-        if missing:
+        if not missing:
+            return cls(backend)
+        # one that was imported: its configuration says which tokens stand for these
+        config = storage.json_if_there(f"{path.removesuffix('tokenizer.json')}tokenizer_config.json") or {}
+        names = {role: token_name(config, role) for role in ("eos_token", "pad_token", "bos_token")}
+        if any(names[role] is None or backend.token_to_id(names[role]) is None for role in ("eos_token", "pad_token")):
             raise InputError(f"{path}: lacks the special tokens {', '.join(missing)}")
-        return cls(backend)
+        return cls(backend, eot=names["eos_token"], pad=names["pad_token"], bos=names["bos_token"], config=config)
 
-    @property
+    @classmethod
+    def of_model(cls, folder: str, eos_id: int | None = None) -> Tokenizer:
+        """Load the tokenizer of a model in Hugging Face's format; it encodes as ``transformers`` does with it.
+
+        Args:
+            folder: of the model.
+            eos_id: the token that ends a text where ``tokenizer_config.json`` does not say.
+
+        Raises:
+            FileNotFoundError: the folder has no ``tokenizer.json``.
+            ValueError: it is not a tokenizer, or it is not known which token ends a text.
+        """
+        path = storage.join(folder, "tokenizer.json")
+        backend = _read_backend(path, ", which is the only form of a tokenizer that can be read")
+        config = storage.json_if_there(storage.join(folder, "tokenizer_config.json")) or {}
+        # older models name their tokens in a file of their own
+        config = (storage.json_if_there(storage.join(folder, "special_tokens_map.json")) or {}) | config
+        known = {}
+        for role in ("eos_token", "pad_token", "bos_token"):
+            name = token_name(config, role)
+            known[role] = name if name is not None and backend.token_to_id(name) is not None else None
+        eot = known["eos_token"] or (None if eos_id is None else backend.id_to_token(eos_id))
+        if eot is None:
+            raise InputError(f"{folder}/tokenizer_config.json: eos_token is missing, so nothing would end a text")
+        return cls(
+            backend,
+            eot=eot,
+            pad=known["pad_token"] or eot,
+            bos=known["bos_token"],
+            split_special_tokens=bool(config.get("split_special_tokens", False)),
+            config=config,
+        )
+
+    @cached_property
     def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self.backend.get_vocab_size()
+        """Number of token ids: one more than the largest."""
+        return max(self.backend.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; special tokens written out in it are text, not control."""
+        """Token ids of ``text``, without any that begins or ends it; special tokens written out in it are text."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     @cached_property
@@ -152,10 +212,12 @@ class Tokenizer:
 
     @cached_property
     def _token_bytes(self) -> list[bytes]:
-        byte_of = {char: byte for byte, char in enumerate(byte_chars())}
-        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        added = self.backend.get_added_tokens_decoder()
+        of_token = _byte_level if _is_byte_level(self.backend) else _byte_fallback
         return [
-            b"" if i in special else bytes(byte_of[c] for c in self.backend.id_to_token(i))
+            (b"" if added[i].special else added[i].content.encode())
+            if i in added
+            else of_token(self.backend.id_to_token(i) or "")
             for i in range(self.vocab_size)
         ]
 
@@ -166,6 +228,45 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes that each token stands for, (vocab_size,) int64; 0 for special tokens."""
         return np.array([len(token) for token in self._token_bytes], np.int64)
+
+
+def _read_backend(path: str, advice: str) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    if not storage.exists(path):
+        raise FileNotFoundError(f"{path}: no such file{advice}")
+    try:
+        return Backend.from_str(storage.read_bytes(path).decode())
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{path}: not a tokenizer file ({error})") from None
+
+
+def token_name(config: dict[str, Any], role: str) -> str | None:
+    """A token that ``tokenizer_config.json`` gives a role, such as ``eos_token``: by its name or with its flags."""
+    value = config.get(role)
+    return value["content"] if isinstance(value, dict) else value
+
+
+def _is_byte_level(backend: Any) -> bool:
+    """Whether tokens are written in ``byte_chars``."""
+    return "ByteLevel" in f"{backend.pre_tokenizer}{backend.decoder}"
+
+
+def _byte_level(token: str) -> bytes:
+    values = _byte_values()
+    return bytes(values[char] for char in token) if values.keys() >= set(token) else token.encode()
+
+
+def _byte_fallback(token: str) -> bytes:
+    """Bytes of a token of SentencePiece, which writes a space as U+2581 and bytes without a token as <0x0A>."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+@functools.cache
+def _byte_values() -> dict[str, int]:
+    return {char: byte for byte, char in enumerate(byte_chars())}
 
 
 @functools.cache
