@@ -48,6 +48,9 @@ class OfRun(InWorkspace):
     """The pretraining run to take."""
     step: int | None = None
     """Checkpoint to take; null takes the newest usable one."""
+    model: str | None = None
+    """A model in Llama format instead of a run: a folder, such as an export, or a hub's repository (OWNER/NAME, or
+    OWNER/NAME@REVISION)."""
 
 
 @dataclass
