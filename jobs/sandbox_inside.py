@@ -136,8 +136,11 @@ def _wait(job: dict[str, Any], verdict: int, began: float, *, bounded: bool) -> 
             except (EOFError, ValueError):
                 return {"passed": False, "reason": "the tests ended without a verdict"}
         if not bounded:
-            entries = list(os.scandir(job["scratch"]))
-            if len(entries) > job["files"] or sum(e.stat().st_size for e in entries) > job["disk"]:
+            sizes = []
+            for entry in os.scandir(job["scratch"]):
+                with contextlib.suppress(FileNotFoundError):  # gone since
+                    sizes.append(entry.stat(follow_symlinks=False).st_size)
+            if len(sizes) > job["files"] or sum(sizes) > job["disk"]:
                 return {"passed": False, "reason": "wrote more than the scratch folder may hold"}
     return {"passed": False, "reason": f"took longer than {job['seconds']:g} s"}
 

@@ -94,9 +94,9 @@ def limit(*, seconds: float, memory: int, disk: int, child_processes: bool) -> N
     for name, value in bounds.items():
         if hasattr(resource, name):
             _, hard = resource.getrlimit(getattr(resource, name))
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
             try:
-                resource.setrlimit(getattr(resource, name), (value, value))
+                resource.setrlimit(getattr(resource, name), (bound, bound))
             except (ValueError, OSError):
                 if name != "RLIMIT_AS":  # macOS does not limit the address space
                     raise
@@ -192,9 +192,8 @@ def enter_landlock(readable: Iterable[str], scratch: str | None) -> None:
     for path, allowed in rights.items():
         if os.path.exists(path):
             at = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            if not os.path.isdir(path):
-                allowed &= execute | read
-            _call(445, rules, 1, ctypes.c_char_p(struct.pack("=Qi", allowed, at)), 0)
+            of_files = -1 if os.path.isdir(path) else execute | read
+            _call(445, rules, 1, ctypes.c_char_p(struct.pack("=Qi", allowed & of_files, at)), 0)
             os.close(at)
     _no_new_privileges()
     _call(446, rules, 0)
@@ -270,5 +269,10 @@ def _special_rules(pid: int, writing: bool) -> dict[str, list[tuple[int, int, in
     }
     if not writing:  # O_ACCMODE, O_CREAT, O_TRUNC
         for name, index in (("open", 1), ("openat", 2)):
-            rules[name] = [argument(index), (_ANY_BIT, 1, 0, 0x3 | 0x40 | 0x200), allow, (_RETURN, 0, 0, _ERROR | _EROFS)]
+            rules[name] = [
+                argument(index),
+                (_ANY_BIT, 1, 0, 0x3 | 0x40 | 0x200),
+                allow,
+                (_RETURN, 0, 0, _ERROR | _EROFS),
+            ]
     return rules
