@@ -1,0 +1,393 @@
+"""A model as lm-evaluation-harness knows one: its log-likelihoods and texts are those of the harness's own backend for
+``transformers`` (``HFLM``) on the exported folder, with the same tokens, cuts and ends.
+
+``IngotLM`` turns text into tokens and back; the model's work is that of ``Workers``, in this process or elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from pipelines.pretokens import gpt4_pattern
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from jobs.trained import Trained
+    from models.generate import Engine, Sampling
+    from models.scoring import Request
+    from pipelines.tokenizer import Tokenizer
+
+MAX_GEN_TOKS = 256
+"""Tokens of a text at most, where a task does not say; the harness's own number."""
+
+TextRequest = tuple[Sequence[int], Sequence[str], "Sampling"]
+"""Token ids of a prompt, strings before which the text ends, and how it is made."""
+
+
+class Workers(Protocol):
+    """Who does the model's work. Results come as they are ready, each with the index of its request."""
+
+    def log_likelihoods(self, requests: Sequence[Request]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Log-probability of each continuation, in nats, and whether each of its tokens is the likeliest."""
+        ...
+
+    def generate(self, requests: Sequence[TextRequest]) -> Iterator[tuple[int, str]]:
+        """The text that continues each prompt, up to the first of its strings."""
+        ...
+
+
+class LocalWorkers:
+    """The work in this process.
+
+    Args:
+        trained: the model and its tokenizer.
+        tokens_per_batch: tokens that are scored together; None suits the device.
+        slots: texts that are continued together at most; None suits the device's memory.
+    """
+
+    def __init__(self, trained: Trained, *, tokens_per_batch: int | None = None, slots: int | None = None) -> None:
+        on_cpu = trained.device.type == "cpu"
+        self.trained = trained
+        self.tokens_per_batch = tokens_per_batch or (8192 if on_cpu else 65536)
+        self.slots = slots
+        self._text = TextOf(trained.tokenizer)
+        self._engine: Engine | None = None
+
+    def log_likelihoods(self, requests: Sequence[Request]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """As of ``Workers``.
+
+        Raises:
+            ValueError: a request is empty or longer than the model's context.
+        """
+        from models.scoring import log_likelihoods
+
+        scores = log_likelihoods(self.trained.model, requests, tokens_per_batch=self.tokens_per_batch)
+        for index, value, likeliest in scores:
+            yield index, (value, likeliest)
+
+    def generate(self, requests: Sequence[TextRequest]) -> Iterator[tuple[int, str]]:
+        """As of ``Workers``.
+
+        Raises:
+            ValueError: a prompt is empty, or too long with its text for the model's context.
+        """
+        if not requests:
+            return
+        engine = self._engine_for(requests)
+        # those that begin alike one after another: the engine reads a common beginning once
+        waiting = sorted(range(len(requests)), key=lambda i: list(requests[i][0]), reverse=True)
+        running: dict[int, tuple[int, list[int], int]] = {}
+        try:
+            while waiting or engine.busy:
+                while waiting and engine.waiting < engine.slots:
+                    index = waiting.pop()
+                    prompt, until, sampling = requests[index]
+                    # a token is a byte at least: what is added last lies within so many
+                    window = max((len(u.encode()) for u in until), default=0) + 4
+                    running[engine.submit(prompt, sampling)] = index, [], window
+                for token in engine.step():
+                    if token.request not in running:
+                        continue
+                    index, tokens, window = running[token.request]
+                    if token.token is not None:
+                        tokens.append(token.token)
+                    until = requests[index][1]
+                    ended = token.finished is not None
+                    if not ended and self._text.contains(tokens[-window:], until):
+                        engine.cancel(token.request)
+                        ended = True
+                    if ended:
+                        del running[token.request]
+                        yield index, cut(self._text(tokens), until)
+        finally:
+            for request in running:
+                engine.cancel(request)
+
+    def _engine_for(self, requests: Sequence[TextRequest]) -> Engine:
+        from models.generate import Engine
+
+        model, device = self.trained.model, self.trained.device
+        longest = max(len(prompt) + sampling.max_new_tokens for prompt, _, sampling in requests)
+        if self._engine is None or self._engine.length < longest - 1:
+            self._engine = None  # its memory is free before the next one's is asked for
+            length = min(-(-longest // 128) * 128, max(longest, model.config.max_seq_len))
+            self._engine = Engine(model, slots=self.slots or _slots(model, length, device), length=length)
+        return self._engine
+
+
+def _slots(model: Any, length: int, device: Any) -> int:
+    """Texts whose keys and values take at most half of the free memory."""
+    import torch
+
+    if device.type != "cuda":
+        return 32
+    config = model.config
+    size = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 2 * length
+    return max(1, min(256, torch.cuda.mem_get_info(device)[0] // 2 // size))
+
+
+class TextOf:
+    """Decodes as the harness does: special tokens are left out, but may be stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decode = tokenizer.backend.decode
+
+    def __call__(self, tokens: Sequence[int]) -> str:
+        """Text of token ids."""
+        return self._decode(list(tokens), skip_special_tokens=True)
+
+    def contains(self, tokens: Sequence[int], strings: Sequence[str]) -> bool:
+        """Whether the text, with special tokens as they are written, contains one of the strings."""
+        text = self._decode(list(tokens), skip_special_tokens=False)
+        return any(string in text for string in strings if string)
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text before the strings that end it."""
+    for string in until:
+        if string:
+            text = text.split(string)[0]
+    return text
+
+
+class IngotLM(TemplateLM):
+    """The harness's LM class over ``Workers``.
+
+    Args:
+        workers: do the model's work.
+        tokenizer: of the model.
+        max_length: tokens the model can read.
+        eot_id: the token that ends texts; None is the tokenizer's.
+        prefix_id: the token in front of a text that has no context; None is the one that begins texts.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        tokenizer: Tokenizer,
+        max_length: int,
+        eot_id: int | None = None,
+        prefix_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.workers = workers
+        self.max_length = max_length
+        self._eot_id = tokenizer.eot_id if eot_id is None else eot_id
+        self._prefix_id = getattr(tokenizer, "bos_id", self._eot_id) if prefix_id is None else prefix_id
+        self._encode = Encoder(tokenizer)
+        self._prefix = self._encode.written(self._prefix_id)
+        self._pair: tuple[str, list[int], list[int], str] = ("", [], [], "")
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self._eot_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token in front of a text that has no context."""
+        return self._prefix_id
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens of a text at most, where the task does not say."""
+        return MAX_GEN_TOKS
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells tokenizers apart."""
+        return self._encode.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; special tokens that are written out in the text are control, as in ``transformers``."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self._prefix)
+        return self._encode(string, add_special_tokens)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if spaces := len(context) - len(context.rstrip()):
+            continuation = context[-spaces:] + continuation
+            context = context[:-spaces]
+        if context != self._pair[0]:  # choices of a question follow each other
+            end = self._encode.last_cut(context)
+            head, tail = self.tok_encode(context[:end]) if end else [], context[end:]
+            # special tokens are added to the beginning alone
+            of_tail = self._encode(tail, False) if end else self.tok_encode(tail)
+            self._pair = context, head + of_tail, of_tail, tail
+        _, tokens, of_tail, tail = self._pair
+        special = len(of_tail) == len(tokens)
+        whole = self.tok_encode(tail + continuation) if special else self._encode(tail + continuation, False)
+        return tokens, whole[len(of_tail) :]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        asked: list[tuple[list[int], list[int]]] = []
+        for _, context, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"a continuation has {len(continuation)} tokens, but must have 1 to {self.max_length}, the model's "
+                    f"max_seq_len: {self._encode.text(continuation)[:100]!r}"
+                )
+            # the last token is predicted, never read
+            over = len(context) + len(continuation) - self.max_length - 1
+            asked.append((context[over:] if over > 0 else context, continuation))
+        results: list[Any] = [None] * len(asked)
+        for index, value in self.workers.log_likelihoods(asked):
+            results[index] = value
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows that do not overlap in what they predict."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        ends = []
+        for request in requests:
+            (text,) = request.args
+            pairs = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self._prefix_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
+            ends.append(len(windows))
+        values = [value for value, _ in self._loglikelihood_tokens(windows)]
+        return [sum(values[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts up to their tasks' stop strings, or the token that ends texts.
+
+        Raises:
+            ValueError: a task asks for what is not known here, or for texts as long as the model's context.
+        """
+        asked: list[TextRequest] = []
+        seen: Counter[str] = Counter()
+        for request in requests:
+            text, settings = request.args
+            until, sampling = self._sampling(settings)
+            if sampling.temperature > 0:  # the same prompt again is another draw
+                key = json.dumps([text, settings], sort_keys=True)
+                sampling, seen[key] = self._sampling(settings, seen[key])[1], seen[key] + 1
+            room = self.max_length - sampling.max_new_tokens
+            if room < 1:
+                raise ValueError(
+                    f"a task asks for {sampling.max_new_tokens} new tokens, but the model's max_seq_len is "
+                    f"{self.max_length}; ask for less with max_gen_toks"
+                )
+            asked.append((self.tok_encode(text)[-room:], until, sampling))
+        results: list[Any] = [None] * len(asked)
+        for index, text in self.workers.generate(asked):
+            results[index] = text
+        return results
+
+    def _sampling(self, settings: dict[str, Any], seed: int = 0) -> tuple[list[str], Sampling]:
+        from models.generate import Sampling
+
+        settings = dict(settings)
+        until = settings.pop("until", None) or []
+        until = [until] if isinstance(until, str) else list(until)
+        if (end := self._encode.written(self._eot_id)) not in until:
+            until.append(end)
+        names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+        limits = [limit for name in names if (limit := settings.pop(name, None)) is not None]
+        temperature, top_p = float(settings.pop("temperature", 0.0) or 0.0), settings.pop("top_p", 1.0)
+        sample = settings.pop("do_sample", None)
+        if sample and temperature == 0:
+            raise ValueError("a task asks for samples (do_sample) at a temperature of 0; it has to be above 0")
+        for name, value in settings.items():
+            if (name, value) not in (("num_beams", 1), ("top_k", 0), ("use_cache", True)):
+                raise ValueError(f"a task sets {name} to {value!r}, which is not known here; leave it out")
+        greedy = sample is False or temperature == 0
+        return until, Sampling(
+            int(limits[0]) if limits else MAX_GEN_TOKS,
+            temperature=0.0 if greedy else temperature,
+            top_p=1.0 if greedy else float(top_p),
+            seed=seed,
+            stop=frozenset([self._eot_id]),
+        )
+
+
+# where a line begins with a letter, and the one before ends with what is no white space: no pre-token crosses it, and
+# what is on one side does not change the pre-tokens of the other
+_CUT = re.compile(r"(?<=[!-~]\n)(?=[A-Za-z])")
+
+
+class Encoder:
+    """Text to the token ids that ``transformers`` gives, fast where texts have lines in common.
+
+    Few-shot prompts consist of the same lines again and again; where the tokenizer cuts texts at them anyway, each is
+    encoded once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        content = tokenizer.backend.to_str()
+        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        backend = Backend.from_str(content)  # one of our own: here, special tokens in a text are control
+        backend.no_padding()
+        backend.no_truncation()
+        plain, special = (backend.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+        self._backend = backend
+        self._before = special[: len(special) - len(plain)]
+        self.by_lines = _cuts_at_lines(json.loads(content)) and special == self._before + plain
+        self._line = lru_cache(1 << 18)(lambda line: backend.encode(line, add_special_tokens=False).ids)
+
+    def __call__(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids, with those that the tokenizer adds to each text when asked."""
+        if not self.by_lines:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = list(self._before) if add_special_tokens else []
+        for line in _CUT.split(text):
+            ids += self._line(line)
+        return ids
+
+    def last_cut(self, text: str) -> int:
+        """Where the last line begins that can be encoded apart from those before it; 0 is none."""
+        cuts = [match.start() for match in _CUT.finditer(text)] if self.by_lines else []
+        return cuts[-1] if cuts else 0
+
+    def written(self, token: int) -> str:
+        """A token as text, special ones too."""
+        return self._backend.decode([token], skip_special_tokens=False)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, with special tokens."""
+        return self._backend.decode(list(tokens), skip_special_tokens=False)
+
+
+def _cuts_at_lines(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is of byte-level BPE behind GPT-2's or GPT-4's split, which never crosses `_CUT`."""
+    if content["model"]["type"] != "BPE" or content["model"].get("dropout") or content.get("normalizer"):
+        return False
+    if any(
+        token["lstrip"] or token["rstrip"] or token["single_word"] or "\n" in token["content"]
+        for token in content["added_tokens"]
+    ):
+        return False
+    split = content["pre_tokenizer"] or {}
+    parts = split["pretokenizers"] if split.get("type") == "Sequence" else [split]
+    *first, last = parts
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+        return False
+    if not first:
+        return last["use_regex"]
+    known = [gpt4_pattern(digits) for digits in (1, 2, 3)]
+    return (
+        len(first) == 1
+        and not last["use_regex"]
+        and first[0].get("type") == "Split"
+        and first[0]["behavior"] == "Isolated"
+        and not first[0]["invert"]
+        and first[0]["pattern"].get("Regex") in known
+    )

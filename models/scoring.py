@@ -1,0 +1,459 @@
+"""Log-likelihoods of continuations, each distinct prefix of the requests computed once.
+
+Requests that begin alike, such as the questions of a subject behind the same solved examples, are the branches of a
+tree. A batch is a part of the forest of all requests, packed without padding: the tokens of a node once, then what
+continues it. A token attends within its node, and to each node above it without a mask, all queries below a node at
+once; the parts are merged by their log-sum-exps. This is exact attention, as in Hydragen (Juravsky et al. 2024) and
+FlashInfer's cascades (Ye et al. 2024), with any number of levels and no cache that outlives the batch. The last layer's
+output, the final norm and the head are computed where a token is asked for alone.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from models.kernels import swiglu
+from models.loss import default_chunk
+from models.transformer import Transformer, rotate
+
+Request = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a context and of its continuation, at least one each."""
+
+_SHORTEST_EDGE = 16
+_LEAST_SAVING = 64
+_DEEPEST = 4
+_FFN_ROWS = 1024  # on the CPU: what is wide stays in the cache
+
+
+def log_likelihoods(
+    model: Transformer, requests: Sequence[Request], *, tokens_per_batch: int, vocab_size: int | None = None
+) -> Iterator[tuple[int, float, bool]]:
+    """Score continuations, in an order that shares work.
+
+    Args:
+        model: on any device, not sharded.
+        requests: contexts and continuations; both together, less the last token, are at most max_seq_len tokens.
+        tokens_per_batch: tokens that are computed together; a longer sequence is a batch of its own.
+        vocab_size: probabilities are over the ids below this; None is all rows of the embedding.
+
+    Yields:
+        Index of a request, the sum of the log-probabilities of its continuation's tokens in nats, and whether each of
+        them is the likeliest.
+
+    Raises:
+        ValueError: a request is empty, too long, or has ids outside the vocabulary.
+    """
+    sequences = _sequences(model, requests, vocab_size)
+    if not sequences:
+        return
+    leaves = _tree(sequences)
+    with torch.inference_mode():
+        weights = [_Layer.of(model, i) for i in range(len(model.layers))]
+        head = model.output.weight.to(model.compute_dtype or model.output.weight.dtype)
+    before: _Scores | None = None
+    for part in _parts(leaves, tokens_per_batch):
+        batch = _pack(part, sequences)
+        with torch.inference_mode():
+            scores = _score(model, weights, head, batch, vocab_size)
+        # an accelerator is given its next batch before its last one's results are waited for
+        if before is not None:
+            yield from before.read()
+        before = scores
+    if before is not None:
+        yield from before.read()
+
+
+@dataclass
+class _Sequence:
+    """Tokens that the model reads, which requests have in common, (T,), and what is asked to follow their ends."""
+
+    tokens: np.ndarray
+    asked: list[tuple[int, list[int]]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Node:
+    """Tokens `start` to `stop` of a sequence; `parent` holds those before."""
+
+    start: int
+    stop: int
+    sequence: int
+    parent: "_Node | None"
+
+
+def _sequences(model: Transformer, requests: Sequence[Request], vocab_size: int | None) -> list[_Sequence]:
+    """Distinct sequences, sorted by their tokens."""
+    longest, size = model.config.max_seq_len, model.config.vocab_size
+    targets_below = size if vocab_size is None else vocab_size
+    found: dict[bytes, _Sequence] = {}
+    for i, (context, continuation) in enumerate(requests):
+        if not len(context) or not len(continuation):
+            raise ValueError(f"request {i} has an empty {'continuation' if len(context) else 'context'}")
+        # big-endian, so that bytes sort as tokens do
+        tokens = np.array([*context, *continuation[:-1]], ">i4")
+        if len(tokens) > longest:
+            raise ValueError(f"request {i} has {len(tokens)} tokens, but model.max_seq_len is {longest}")
+        if tokens.min() < 0 or tokens.max() >= size or not 0 <= continuation[-1] < targets_below:
+            raise ValueError(f"request {i} has ids outside the vocabulary of {size}")
+        sequence = found.setdefault(tokens.tobytes(), _Sequence(tokens))
+        sequence.asked.append((i, list(continuation)))
+    return [found[key] for key in sorted(found)]
+
+
+def _tree(sequences: list[_Sequence]) -> list[tuple[int, _Node]]:
+    """Each sequence with the node that it ends in, depth first.
+
+    What few sequences share, or for few tokens, is no node: computing it again costs less than another attention.
+    """
+    shared = np.zeros(len(sequences), np.int64)  # with the sequence before
+    for i, (a, b) in enumerate(itertools.pairwise(s.tokens for s in sequences), 1):
+        n = min(len(a), len(b))
+        differ = a[:n] != b[:n]
+        first = int(differ.argmax()) if n else 0
+        shared[i] = first if n and differ[first] else n
+    leaves: list[tuple[int, _Node]] = []
+    stack: list[tuple[int, int, int, _Node | None, int]] = [(0, len(sequences), 0, None, 0)]
+    while stack:
+        low, high, start, parent, depth = stack.pop()
+        if high - low == 1:
+            length = len(sequences[low].tokens)
+            leaves.append((low, _Node(start, length, low, parent) if parent is None or length > start else parent))
+            continue
+        inner = shared[low + 1 : high]
+        stop = int(inner.min())
+        cuts = [low, *(low + 1 + np.flatnonzero(inner == stop)).tolist(), high]
+        edge = stop - start
+        if depth < _DEEPEST and edge >= _SHORTEST_EDGE and edge * (len(cuts) - 2) >= _LEAST_SAVING:
+            start, parent, depth = stop, _Node(start, stop, low, parent), depth + 1
+        stack.extend((a, b, start, parent, depth) for a, b in reversed(list(itertools.pairwise(cuts))))
+    return leaves
+
+
+def _path(node: _Node | None) -> list[_Node]:
+    path = []
+    while node is not None:
+        path.append(node)
+        node = node.parent
+    return path[::-1]
+
+
+def _parts(leaves: list[tuple[int, _Node]], tokens: int) -> Iterator[list[tuple[int, list[_Node]]]]:
+    """Cut the forest into batches of at most so many tokens; nodes above a cut are in both."""
+    part: list[tuple[int, list[_Node]]] = []
+    there: set[_Node] = set()
+    size = 0
+    for sequence, leaf in leaves:
+        path = _path(leaf)
+        new = sum(node.stop - node.start for node in path if node not in there)
+        if part and size + new > tokens:
+            yield part
+            part, there, size = [], set(), 0
+            new = leaf.stop
+        part.append((sequence, path))
+        there.update(path)
+        size += new
+    yield part
+
+
+Segment = tuple[int, int]
+"""First token and the one behind the last, in a batch."""
+
+
+@dataclass
+class _Batch:
+    """A part of the forest.
+
+    Attributes:
+        tokens: ids, (N,), int64, nodes depth first.
+        positions: of each in its sequence, (N,), int64.
+        nodes: tokens of each node.
+        levels: by depth, for each node that others continue, the tokens below it and its own.
+        asked: tokens after which others are asked for, (P,), int64.
+        after: index in `asked`, (M,), int64, in order, for each token asked for.
+        targets: that token, (M,), int64.
+        requests: which request it belongs to, (M,).
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    nodes: list[Segment]
+    levels: list[list[tuple[Segment, Segment]]]
+    asked: np.ndarray
+    after: np.ndarray
+    targets: np.ndarray
+    requests: np.ndarray
+
+
+def _pack(part: list[tuple[int, list[_Node]]], sequences: list[_Sequence]) -> _Batch:
+    first: dict[_Node, int] = {}
+    below: dict[_Node, int] = {}  # where the tokens of those that continue a node end
+    size = 0
+    asked: list[np.ndarray] = []
+    after: list[np.ndarray] = []
+    targets: list[int] = []
+    requests: list[int] = []
+    n_asked = 0
+    for index, path in part:
+        sequence = sequences[index]
+        for node in path:
+            if node not in first:
+                first[node] = size
+                size += node.stop - node.start
+        for node in path:
+            below[node] = size
+        length = len(sequence.tokens)
+        most = max(len(continuation) for _, continuation in sequence.asked)
+        places = np.concatenate([first[n] + np.arange(max(0, length - most - n.start), n.stop - n.start) for n in path])
+        asked.append(places)
+        for request, continuation in sequence.asked:
+            after.append(np.arange(n_asked + most - len(continuation), n_asked + most))
+            targets.extend(continuation)
+            requests.extend([request] * len(continuation))
+        n_asked += most
+    order = np.argsort(np.concatenate(after), kind="stable")
+    levels: list[list[tuple[Segment, Segment]]] = [[] for _ in range(_DEEPEST)]
+    for node, start in first.items():
+        stop = start + node.stop - node.start
+        if below[node] > stop:
+            levels[len(_path(node)) - 1].append(((stop, below[node]), (start, stop)))
+    return _Batch(
+        np.concatenate([sequences[n.sequence].tokens[n.start : n.stop] for n in first]).astype(np.int64),
+        np.concatenate([np.arange(n.start, n.stop) for n in first]),
+        [(start, start + n.stop - n.start) for n, start in first.items()],
+        [level for level in levels if level],
+        np.concatenate(asked),
+        np.concatenate(after)[order],
+        np.array(targets)[order],
+        np.array(requests)[order],
+    )
+
+
+@dataclass
+class _Layer:
+    """Matrices of one block in the dtype they compute in; on an accelerator those of the same input are joined."""
+
+    qkv: list[Tensor]
+    out: Tensor
+    gate_up: list[Tensor]
+    down: Tensor
+
+    @classmethod
+    def of(cls, model: Transformer, index: int) -> "_Layer":
+        block = model.layers[index]
+        attention, ffn = block.attention, block.feed_forward
+        dtype = model.compute_dtype or attention.w_q.weight.dtype
+        q, k, v, out, gate, up, down = (
+            linear.weight.to(dtype)
+            for linear in (
+                attention.w_q, attention.w_k, attention.w_v, attention.w_o, ffn.w_gate, ffn.w_up, ffn.w_down,
+            )
+        )  # fmt: skip
+        if q.is_cuda:
+            return cls([torch.cat([q, k, v])], out, [torch.cat([gate, up])], down)
+        return cls([q, k, v], out, [gate, up], down)
+
+    def heads(self, x: Tensor, head_dim: int, sizes: Sequence[int]) -> list[Tensor]:
+        """Queries, keys and values, (N, heads, head_dim), of x, (N, d_model)."""
+        parts = (
+            F.linear(x, self.qkv[0]).split(list(sizes), dim=-1)
+            if len(self.qkv) == 1
+            else [F.linear(x, w) for w in self.qkv]
+        )
+        return [part.unflatten(-1, (-1, head_dim)) for part in parts]
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """SwiGLU of x, (N, d_model)."""
+        if len(self.gate_up) == 1:
+            return F.linear(swiglu(F.linear(x, self.gate_up[0])), self.down)
+        gate, up = self.gate_up
+        rows = [F.linear(F.silu(F.linear(r, gate)).mul_(F.linear(r, up)), self.down) for r in x.split(_FFN_ROWS)]
+        return torch.cat(rows)
+
+
+class _Scores:
+    """Results of a batch, on their way from the device."""
+
+    def __init__(self, requests: np.ndarray, log_probabilities: Tensor, likeliest: Tensor):
+        self.requests = requests
+        self.done = None
+        if log_probabilities.is_cuda:
+            log_probabilities = log_probabilities.to("cpu", non_blocking=True)
+            likeliest = likeliest.to("cpu", non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+        self.log_probabilities, self.likeliest = log_probabilities, likeliest
+
+    def read(self) -> Iterator[tuple[int, float, bool]]:
+        if self.done is not None:
+            self.done.synchronize()
+        numbers, of = np.unique(self.requests, return_inverse=True)
+        sums = np.bincount(of, self.log_probabilities.double().numpy())
+        misses = np.bincount(of, ~self.likeliest.numpy())
+        yield from zip(numbers.tolist(), sums.tolist(), (misses == 0).tolist(), strict=True)
+
+
+def _score(model: Transformer, weights: list[_Layer], head: Tensor, batch: _Batch, vocab_size: int | None) -> _Scores:
+    device = head.device
+
+    def put(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    asked = put(batch.asked)
+    hidden = _hidden(model, weights, put(batch.tokens), put(batch.positions), asked, _attention(batch, head, model))
+    after, targets = put(batch.after), put(batch.targets)
+    log_probabilities, likeliest = [], []
+    chunk = default_chunk(device, len(head))
+    for start in range(0, len(hidden), chunk):
+        logits = F.linear(hidden[start : start + chunk], head)[:, :vocab_size].float()
+        low, high = np.searchsorted(batch.after, (start, start + chunk)).tolist()
+        row, target = after[low:high] - start, targets[low:high]
+        log_probabilities.append(logits[row, target] - logits.logsumexp(1)[row])
+        likeliest.append(logits.argmax(1)[row] == target)
+    return _Scores(batch.requests, torch.cat(log_probabilities), torch.cat(likeliest))
+
+
+def _hidden(
+    model: Transformer, weights: list[_Layer], tokens: Tensor, positions: Tensor, asked: Tensor, attend: "_Attention"
+) -> Tensor:
+    """What the output layer reads after the tokens `asked`, (P, d_model)."""
+    rotary = model.rotary[:, positions]
+    x, delta = model.embed(tokens)
+    for i, (block, layer) in enumerate(zip(model.layers, weights, strict=True)):
+        attention = block.attention
+        x, normed = block.attention_norm.add(x, delta)
+        sizes = [len(w.weight) for w in (attention.w_q, attention.w_k, attention.w_v)]
+        q, k, v = layer.heads(normed, attention.head_dim, sizes)
+        if attention.qk_norm:
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        mixed = attend(rotate(q, rotary), rotate(k, rotary), v).flatten(1)
+        if i == len(weights) - 1:
+            x, mixed = x[asked], mixed[asked]
+        x, normed = block.ffn_norm.add(x, F.linear(mixed, layer.out))
+        delta = layer.feed_forward(normed)
+    return model.last_norm(x, delta)
+
+
+def _attention(batch: _Batch, like: Tensor, model: Transformer) -> "_Attention":
+    flash = like.is_cuda and like.dtype in (torch.bfloat16, torch.float16) and model.config.head_dim % 8 == 0
+    return (_Packed if flash and model.config.head_dim <= 256 else _Padded)(batch, like.device)
+
+
+class _Attention:
+    """Attention of a batch's tokens: queries, keys and values, (N, heads, head_dim) each, to (N, n_heads, head_dim)."""
+
+    def __init__(self, batch: _Batch, device: torch.device):
+        raise NotImplementedError
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _Packed(_Attention):
+    """By FlashAttention-2's kernel for sequences of different lengths (Dao 2023), one call a level."""
+
+    def __init__(self, batch: _Batch, device: torch.device):
+        self.device = device
+        self.nodes = self._lengths(batch.nodes)
+        self.levels = []
+        for level in batch.levels:
+            below, above = [q for q, _ in level], [k for _, k in level]
+            self.levels.append((self._rows(below), self._rows(above), *self._lengths(below), *self._lengths(above)))
+
+    def _lengths(self, segments: list[Segment]) -> tuple[Tensor, int]:
+        lengths = np.array([stop - start for start, stop in segments])
+        ends = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+        return ends.pin_memory().to(self.device, non_blocking=True), int(lengths.max())
+
+    def _rows(self, segments: list[Segment]) -> slice | Tensor:
+        if all(a[1] == b[0] for a, b in itertools.pairwise(segments)):
+            return slice(segments[0][0], segments[-1][1])
+        rows = torch.from_numpy(np.concatenate([np.arange(*segment) for segment in segments]))
+        return rows.pin_memory().to(self.device, non_blocking=True)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ends, longest = self.nodes
+        out, lse = _flash(q, k, v, ends, ends, longest, longest, causal=True)
+        for below, above, q_ends, q_longest, k_ends, k_longest in self.levels:
+            more = _flash(q[below], k[above], v[above], q_ends, k_ends, q_longest, k_longest, causal=False)
+            out[below], lse[below] = _merged(out[below], lse[below], *more)
+        return out
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_longest: int, k_longest: int, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, q_ends, k_ends, q_longest, k_longest, 0.0, causal, False
+    )
+    return out, lse.t()
+
+
+class _Padded(_Attention):
+    """By kernels for sequences of one length: nodes of like length together, filled up at their ends."""
+
+    def __init__(self, batch: _Batch, device: torch.device):
+        self.levels = batch.levels
+        self.groups = []
+        for start, lengths in _alike(batch.nodes):
+            index = start[:, None] + np.arange(lengths.max())
+            inside = np.arange(lengths.max()) < lengths[:, None]
+            rows = torch.from_numpy(np.minimum(index, len(batch.tokens) - 1)).to(device)
+            self.groups.append((rows, torch.from_numpy(np.flatnonzero(inside)).to(device)))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        of_kv = q.shape[1] // k.shape[1]
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        for rows, inside in self.groups:
+            mine, keys, values = (t[rows].transpose(1, 2) for t in (q, k, v))
+            if of_kv > 1:
+                keys, values = (t.repeat_interleave(of_kv, dim=1) for t in (keys, values))
+            some, some_lse = _kernel(mine, keys, values, causal=True)
+            to = rows.flatten()[inside]
+            out[to] = some.transpose(1, 2).flatten(0, 1)[inside]
+            lse[to] = some_lse.transpose(1, 2).flatten(0, 1)[inside]
+        for (start, stop), (k_start, k_stop) in itertools.chain(*self.levels):
+            # query heads of a key head are more queries of it
+            mine = q[start:stop].unflatten(1, (-1, of_kv)).permute(1, 2, 0, 3).flatten(1, 2)[None]
+            keys, values = (t[k_start:k_stop].transpose(0, 1)[None] for t in (k, v))
+            some, some_lse = _kernel(mine, keys, values, causal=False)
+            some = some[0].unflatten(1, (of_kv, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+            some_lse = some_lse[0].unflatten(1, (of_kv, -1)).permute(2, 0, 1).flatten(1, 2)
+            rows = slice(start, stop)
+            out[rows], lse[rows] = _merged(out[rows], lse[rows], some, some_lse)
+        return out
+
+
+def _alike(nodes: list[Segment]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Starts and lengths of nodes, in groups in which padding is at most an eighth of the longest."""
+    starts, lengths = np.array([a for a, _ in nodes]), np.array([b - a for a, b in nodes])
+    order = np.argsort(-lengths, kind="stable")
+    first = 0
+    while first < len(order):
+        longest = lengths[order[first]]
+        count = int((lengths[order[first:]] >= longest - max(8, longest // 8)).sum())
+        group = order[first : first + count]
+        yield starts[group], lengths[group]
+        first += count
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention, (batch, heads, T, head_dim), and its log-sum-exps, (batch, heads, T)."""
+    if q.is_cuda:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, compute_log_sumexp=True, is_causal=causal
+        )
+        return out, lse[:, :, : q.shape[2]]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
+
+
+def _merged(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to two sets of keys, (n, heads, head_dim), and log-sum-exps, (n, heads), of that to each."""
+    both = torch.logaddexp(lse, more_lse)
+    share = (more_lse - both).exp()[..., None]
+    return torch.lerp(out.float(), more.float(), share).to(out.dtype), both

@@ -1,0 +1,179 @@
+"""The harness's LM class against the harness's own backend for transformers, on the exported model."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from jobs.harness import Encoder, IngotLM, LocalWorkers
+from models.config import ModelConfig
+from models.generate import generate
+from models.hugging_face import save_pretrained
+from models.transformer import Transformer
+from pipelines.tokenizer import TokenizerSettings, train_on_texts
+
+WORDS = "the cat sat on a mat and the dog ran to Rome. What is it? Answer: yes no 12 345\n\nThe end\nA. B, C; def f(x):"
+LENGTH = 96
+
+
+def a_text(rng, words):
+    return " ".join(rng.choices(WORDS.split(" "), k=words))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    rng = random.Random(1)
+    settings = TokenizerSettings(vocab_size=400, reserved_tokens=4)
+    return train_on_texts([a_text(rng, 2000)], settings)
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer):
+    config = ModelConfig(
+        vocab_size=416, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=LENGTH, qk_norm=True
+    )
+    model = Transformer(config, seed=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)  # so that the likeliest token changes along a text
+    return SimpleNamespace(model=model.eval(), tokenizer=tokenizer, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def theirs(trained, tokenizer, tmp_path_factory):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = str(tmp_path_factory.mktemp("exported"))
+    save_pretrained(trained.model.state_dict(), trained.model.config, folder, eos_token_id=tokenizer.eot_id)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=False,
+    )
+    model = HFLM(pretrained=folder, tokenizer=fast, device="cpu", dtype="float32", batch_size=4)
+    yield model
+    tokenizer.backend.encode_special_tokens = True
+
+
+@pytest.fixture(scope="module")
+def ours(trained, tokenizer):
+    return IngotLM(LocalWorkers(trained, tokens_per_batch=400, slots=3), tokenizer, LENGTH)
+
+
+def instances(*arguments):
+    return [SimpleNamespace(args=a, task_name=None) for a in arguments]
+
+
+def pairs():
+    """Questions behind solved examples that they share, alone, truncated, with continuations short and long."""
+    rng = random.Random(5)
+    shots = a_text(rng, 12) + "\n\n"
+    for i in range(6):
+        question = shots + a_text(rng, 4) + "\nAnswer:"
+        yield from ((question, f" {letter}") for letter in "ABCD")
+        yield from ((question, " " + a_text(rng, n)) for n in (1, 3, 5))
+        yield a_text(rng, 60 + 5 * i) + " ", "yes no"  # more than the model reads; the space moves to the answer
+        yield a_text(rng, 5), "\nThe end"
+    yield "", "the cat"
+    yield "<|endoftext|>the cat", " sat<|endoftext|>"
+    yield "What is", " it? " + a_text(rng, 15)
+
+
+def test_log_likelihoods_and_greedy_flags_are_those_of_the_harness_backend(ours, theirs):
+    requests = instances(*pairs())
+    reference, got = theirs.loglikelihood(requests), ours.loglikelihood(requests)
+    assert [flag for _, flag in got] == [flag for _, flag in reference]
+    torch.testing.assert_close([x for x, _ in got], [x for x, _ in reference], rtol=0, atol=1e-4)
+
+
+def test_the_likeliest_continuations_are_known_for_such(trained, ours, theirs):
+    contexts = [[5, 7, 11], [100, 50], [33] * 20]
+    likeliest = [list(generate(trained.model, c, max_new_tokens=6, temperature=0)) for c in contexts]
+    requests = [(None, c, more[:n]) for c, more in zip(contexts, likeliest, strict=True) for n in (1, 6)]
+    requests += [(None, c, [*more[:3], more[3] ^ 1, *more[4:]]) for c, more in zip(contexts, likeliest, strict=True)]
+    got = ours._loglikelihood_tokens(requests)
+    assert [flag for _, flag in got] == [True] * 6 + [False] * 3
+    assert [flag for _, flag in theirs._loglikelihood_tokens(requests)] == [True] * 6 + [False] * 3
+
+
+def test_rolling_log_likelihoods_are_those_of_the_harness_backend(ours, theirs):
+    rng = random.Random(6)
+    requests = instances(*((a_text(rng, words),) for words in (1, 10, 60, 200)))
+    reference = theirs.loglikelihood_rolling(requests)
+    torch.testing.assert_close(ours.loglikelihood_rolling(requests), reference, rtol=1e-6, atol=1e-4)
+
+
+def test_greedy_texts_are_those_of_the_harness_backend(ours, theirs):
+    rng = random.Random(7)
+    prompts = [a_text(rng, words) for words in (1, 2, 5, 9, 9, 14, 60, 80)]
+    settings = [
+        {"until": ["\n\n", "."], "max_gen_toks": 24, "do_sample": False},
+        {"until": "e", "max_gen_toks": 12, "temperature": 0.0},
+        {"max_gen_toks": 30},
+        {"until": ["</s>"], "max_new_tokens": 5},
+    ]
+    requests = instances(*((p, dict(s)) for s in settings for p in prompts))
+    theirs.batch_size_per_gpu = 1  # in a batch of theirs, a text goes on behind its stop string until all have one
+    reference = theirs.generate_until(instances(*((p, dict(s)) for s in settings for p in prompts)))
+    got = ours.generate_until(requests)
+    assert got == reference
+    assert len(set(got)) > len(got) // 2  # else equality would say little
+
+
+def test_texts_end_before_the_token_that_ends_texts(tokenizer, trained, ours):
+    tokens = list(generate(trained.model, ours.tok_encode("the cat"), max_new_tokens=8, temperature=0))
+    at = next(i for i, token in enumerate(tokens) if i and token not in tokens[:i])
+    ending = IngotLM(ours.workers, tokenizer, LENGTH, eot_id=tokens[at])
+    expected = tokenizer.backend.decode(tokens[:at])
+    assert ending.generate_until(instances(("the cat", {"max_gen_toks": 8}))) == [expected]
+
+
+def test_samples_of_one_prompt_differ_and_come_again(ours):
+    settings = {"max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    requests = instances(*[("the cat", settings)] * 4)
+    first = ours.generate_until(requests)
+    assert len(set(first)) > 1
+    assert ours.generate_until(requests) == first
+
+
+def test_what_cannot_be_done_is_refused_by_name(ours):
+    with pytest.raises(ValueError, match="96 new tokens.*max_seq_len is 96.*max_gen_toks"):
+        ours.generate_until(instances(("the", {"max_gen_toks": 96})))
+    with pytest.raises(ValueError, match="num_beams to 4"):
+        ours.generate_until(instances(("the", {"num_beams": 4})))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt4"])
+def test_encoding_by_lines_gives_the_ids_of_whole_texts(kind, tokenizer):
+    rng = random.Random(0)
+    made = train_on_texts([a_text(rng, 500)], TokenizerSettings(vocab_size=350, reserved_tokens=0, pre_tokenizer=kind))
+    encode = Encoder(made)
+    assert encode.by_lines
+    reference = type(made.backend).from_str(made.backend.to_str())
+    pieces = [
+        "a",
+        "Bc",
+        " ",
+        "\n",
+        "\n\n",
+        "  ",
+        ".",
+        "?\n",
+        "'s",
+        "1234",
+        "é",
+        "\u0301",
+        "\r\n",
+        "\t",
+        "_\nx",
+        "\u2003",
+    ]
+    for _ in range(3000):
+        text = "".join(rng.choices([*pieces, "x\nY", "\x1c", "漢", "<|endoftext|>"], k=rng.randint(1, 14)))
+        assert encode(text, True) == reference.encode(text).ids
