@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from jobs.session import ray_session
-from jobs.settings import OfRun, SettingsError
+from jobs.settings import SettingsError
 
 log = logging.getLogger("ingot")
 
@@ -22,12 +22,12 @@ Write = Callable[[str], None]
 Work = Callable[[Any, str, Write], Result]  # settings, "cpu" or "cuda", where to write text as it comes
 
 
-def place(work: Work, settings: OfRun, write: Write, device: str = "cpu", cpus: float = 1) -> Any:
+def place(work: Work, settings: Any, write: Write, device: str = "cpu", cpus: float = 1) -> Any:
     """Do the work here, or in a job on a cluster on a node with a GPU or a free core; returns what it returns.
 
     Args:
         work: a function of a module; gets the settings, the device, and what takes text as it comes.
-        settings: of the job.
+        settings: of the job, or whatever the work gets.
         write: takes the text. What is logged comes to this process's log.
         device: auto, cpu or gpu.
         cpus: cores to reserve.
@@ -80,7 +80,7 @@ class _ToQueue(logging.Handler):
         self.words.put(("log", (record.levelno, record.getMessage())))
 
 
-def _speak(work: Work, settings: OfRun, device: str) -> Iterator[tuple[str, Any]]:
+def _speak(work: Work, settings: Any, device: str) -> Iterator[tuple[str, Any]]:
     """Do the work on the node and yield what is logged and written as it comes, and at last the result or the error."""
     words: queue.SimpleQueue = queue.SimpleQueue()
 

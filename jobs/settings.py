@@ -552,6 +552,14 @@ class GenerateJob(Placed):
 
     prompt: str = ""
     """Text to continue; empty starts a new document."""
+    prompts: str | None = None
+    """File of many texts to continue instead: one a line, or JSON lines with a field `prompt` (.jsonl)."""
+    output: str | None = None
+    """With prompts: the file of JSON lines to write; null is generated/PROMPTS.jsonl in the workspace."""
+    batch: int | None = None
+    """With prompts: texts that are continued at the same time; null suits the device."""
+    interactive: bool = False
+    """Continue one text after the other that is typed or piped in, until the end of the input."""
     max_new_tokens: int = 100
     """Tokens to add at most; generation also ends with the document."""
     temperature: float = 0.8
@@ -564,6 +572,11 @@ class GenerateJob(Placed):
     def validate(self) -> None:
         """Raise SettingsError for what cannot work, before anything is loaded."""
         super().validate()
+        ways = [bool(self.prompt), self.prompts is not None, self.interactive]
+        if sum(ways) > 1:
+            raise SettingsError("give one of prompt, prompts and interactive")
+        require(self.output is None or self.prompts is not None, "output", self.output, "null without prompts")
+        require(self.batch is None or self.batch >= 1, "batch", self.batch, "at least 1, or null")
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")

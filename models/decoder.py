@@ -3,7 +3,7 @@ and values with one row for each text.
 
 The same arithmetic as `models.transformer.Transformer`, in few operations. One forward serves prompts (several tokens
 of a few rows) and steps (one token of each row). On CUDA a step is compiled and recorded as one CUDA graph of all rows;
-its attention reads as many keys as each row has (`models.kernels.decode_attention`), so that one graph serves all
+its attention reads as many keys as each row has (`models.decode_attention`), so that one graph serves all
 lengths.
 """
 
@@ -15,8 +15,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import kernels
 from models.attention import causal_attention
+from models.decode_attention import decode_attention
 from models.transformer import Linear, Transformer
 
 # of those that take a mask, the one that holds no matrix of all pairs comes first
@@ -50,7 +50,7 @@ class Decoder:
         model: on any device, not sharded.
         rows: texts there is room for.
         length: tokens there is room for in each.
-        compiled: compile a step, and on CUDA record it as a graph; takes some ten seconds at the first step.
+        compiled: compile a step and record it as a CUDA graph, which takes some ten seconds at the first one.
 
     Attributes:
         cache: keys and values, (n_layers, 2, rows, places, n_kv_heads, head_dim). Place `length` of each row takes what
@@ -134,7 +134,7 @@ class Decoder:
             Logits, (rows, vocab), their maximum's index, (rows,), and the logarithm of the sum of their exponentials,
             fp32, (rows,): on CUDA of all rows, valid until the next step.
         """
-        if self.compiled and self.device.type == "cuda" and kernels.decode_attention is not None:
+        if self.compiled and decode_attention is not None:
             return self._recorded_step(tokens, lengths)
         rows, longest = len(tokens), max(lengths) + 1
         given = torch.tensor([tokens, lengths]).to(self.device)
@@ -178,7 +178,7 @@ class Decoder:
         best = torch.compile(_best, dynamic=False)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return kernels.decode_attention(q, keys, values, self._given[1] + 1).flatten(1)
+            return decode_attention(q, keys, values, self._given[1] + 1).flatten(1)
 
         def step() -> tuple[Tensor, Tensor, Tensor]:
             return best(self._head(self._blocks(*self._given, attend, parts)))

@@ -125,10 +125,10 @@ class Engine:
         length: tokens there is room for in each, prompt and continuation; None is the model's max_seq_len. Memory is
             slots · length · 2 · n_layers · n_kv_heads · head_dim numbers, taken at once.
         vocab_size: only ids below this are chosen: the tokenizer's, when the embedding has more rows; None is all.
-        compiled: compile a step, and on CUDA record it as a graph, which takes some ten seconds; None does on CUDA.
+        compiled: compile a step and record it as a CUDA graph, which takes some ten seconds; None does so on CUDA.
 
     Raises:
-        ValueError: slots or length are out of range.
+        ValueError: slots or length are out of range, or compiled is True without CUDA.
     """
 
     def __init__(
@@ -147,6 +147,8 @@ class Engine:
         if not 1 <= length <= longest:
             raise ValueError(f"length is {length}, but must be from 1 to the model's max_seq_len {longest}")
         on_cuda = model.tok_embeddings.weight.is_cuda
+        if compiled and not on_cuda:
+            raise ValueError("compiled is True, but can be so on CUDA alone")
         self.slots, self.length, self.vocab_size = slots, length, vocab_size
         self._decoder = Decoder(model, slots, length, on_cuda if compiled is None else compiled)
         self._together = _TOGETHER["cuda" if on_cuda else "cpu"]
@@ -301,6 +303,24 @@ class Engine:
                 self._decoder.copy([end], row, length)
                 self._active[row] = last
                 self._held[row], self._lengths[row] = self._held[end], length
+
+
+def slots_that_fit(model: Transformer, length: int, most: int | None = None) -> int:
+    """How many texts of `length` tokens to continue at once: on CUDA as half of the free memory holds, up to 128.
+
+    On the CPU 8: more at a time gain little there, as a core has little to do but to multiply matrices.
+
+    Args:
+        model: where it is going to be used.
+        length: of the longest text with its continuation.
+        most: no more than this; None is the device's best.
+    """
+    device = model.tok_embeddings.weight.device
+    if device.type != "cuda":
+        return min(8, most or 8)
+    config, dtype = model.config, model.compute_dtype or model.tok_embeddings.weight.dtype
+    text = 2 * config.n_layers * config.n_kv_heads * config.head_dim * length * dtype.itemsize
+    return max(1, min(most or 128, 128, int(torch.cuda.mem_get_info(device)[0] / 2 / text)))
 
 
 def choose(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:

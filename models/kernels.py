@@ -18,7 +18,6 @@ try:
     import triton.language as tl
 except ImportError:  # torch for the CPU comes without
     triton = None
-    decode_attention = None
     loss_and_gradient_ = None
 
 
