@@ -1,0 +1,379 @@
+"""Evaluation against lm-evaluation-harness's own backend for transformers (HFLM): the same numbers, only sooner.
+
+    python -m tests.benchmarks.evaluation --data_dir D --parts equal [--tasks mmlu gsm8k humaneval] [--limit N]
+    python -m tests.benchmarks.evaluation --data_dir D --parts speed --shape 124m --device cuda [--gpus 2]
+
+D has mmlu, gsm8k and humaneval, as `ingot evaluate --data_dir` reads them. Models are made on the spot, with a
+tokenizer trained on D's questions, and exported to a temporary folder, where HFLM takes them from; nothing is fetched.
+
+equal  two small models, one trained for a minute on D's text and a random one, in fp32: each item's log-likelihood to
+       1e-4, each item's prediction, and all scores. Greedy texts can part where two tokens are as likely as each other
+       to rounding: where texts differ, the difference of the two logits of transformers is shown.
+speed  MMLU (5-shot) and GSM8K (5-shot), seconds of Ingot's LM class and of HFLM at the fastest of several batch sizes,
+       from text to results, in the same run on the same requests, bf16 on CUDA. With --gpus 2, Ingot's on two GPUs
+       through Ray actors against one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from models.config import PRESETS, ModelConfig
+from models.hugging_face import save_pretrained
+from models.parallel import parallelize
+from models.transformer import Transformer
+from pipelines.tokenizer import Tokenizer, TokenizerSettings, train_on_texts
+
+SHAPES = {
+    # for the comparison of all items on few cores
+    "tiny": ModelConfig(
+        vocab_size=2048, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=160, max_seq_len=2048,
+    ),
+    # has room for five-shot prompts
+    "small": ModelConfig(
+        vocab_size=8192, d_model=256, n_layers=6, n_heads=8, n_kv_heads=4, d_ff=704, max_seq_len=2048,
+        tied_embeddings=True,
+    ),
+    "124m": PRESETS["124m"],
+    "1b": PRESETS["1b"],
+}  # fmt: skip
+SHOTS = {"mmlu": 5, "gsm8k": 5}
+KINDS = {"mmlu": "loglikelihood", "gsm8k": "generate_until", "humaneval": "generate_until"}
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--parts", nargs="+", choices=("equal", "speed"), default=["equal", "speed"])
+    parser.add_argument("--tasks", nargs="+", choices=tuple(KINDS), help="equal: all; speed: mmlu and gsm8k")
+    parser.add_argument("--models", nargs="+", choices=("random", "trained"), default=["random", "trained"])
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="equal: tiny; speed: small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--limit", type=int, help="questions of each task, of MMLU of each subject; all without")
+    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes that HFLM is tried with")
+    parser.add_argument("--gpus", type=int, default=1, help="speed: Ingot's on so many against one, without HFLM")
+    args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        if "equal" in args.parts:
+            for name in args.models:
+                equal(args, name, os.path.join(folder, name))
+        if "speed" in args.parts:
+            (speed if args.gpus == 1 else gpus)(args, os.path.join(folder, "speed"))
+
+
+# Models
+
+
+def questions(data_dir: str) -> list[str]:
+    """Text of the benchmarks, to train a tokenizer and a model on."""
+    mmlu = [path.read_text("utf-8-sig") for path in sorted(Path(data_dir, "mmlu").glob("*/*.csv"))]
+    lines = Path(data_dir, "gsm8k", "train.jsonl").read_text("utf-8").splitlines()
+    solved = [json.loads(line) for line in lines]
+    return mmlu + [f"Question: {one['question']}\nAnswer: {one['answer']}\n\n" for one in solved]
+
+
+def trained_briefly(model: Transformer, tokens: Sequence[int], steps: int = 400) -> None:
+    """Steps of AdamW on windows of the text."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    text, generator = torch.tensor(tokens), torch.Generator().manual_seed(0)
+    for step in range(steps):
+        starts = torch.randint(0, len(text) - 513, (4,), generator=generator)
+        window = torch.stack([text[start : start + 513] for start in starts.tolist()])
+        loss = model(window[:, :-1], window[:, 1:])
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"trained for {steps} steps, loss {loss.item():.3f}", flush=True)
+
+
+def make(shape: str, data_dir: str, folder: str, device: str, kind: str) -> Any:
+    """A model with its tokenizer, also exported to the folder."""
+    config, texts = SHAPES[shape], questions(data_dir)
+    tokenizer = train_on_texts(texts, TokenizerSettings(vocab_size=min(config.vocab_size, 32768)))
+    model = Transformer(config, seed=1)
+    with torch.no_grad():
+        if kind == "random":  # so that the likeliest token changes along a text
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(3)
+    if kind == "trained":
+        trained_briefly(model, list(itertools.chain(*(tokenizer.encode(text) for text in texts[-3000:]))))
+    on_gpu = device == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    save_pretrained(
+        model.state_dict(), config, folder, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id, dtype=dtype
+    )
+    Path(folder, "tokenizer.json").write_text(tokenizer.backend.to_str(), "utf-8")
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|pad|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.max_seq_len,
+    }
+    Path(folder, "tokenizer_config.json").write_text(json.dumps(content), "utf-8")
+    model = parallelize(model, None, device).eval()
+    return SimpleNamespace(model=model, tokenizer=tokenizer, device=torch.device(device), folder=folder)
+
+
+def ours(trained: Any) -> Any:
+    """Ingot's LM class."""
+    from jobs.harness import IngotLM, LocalWorkers
+
+    return IngotLM(LocalWorkers(trained), trained.tokenizer, trained.model.config.max_seq_len)
+
+
+def theirs(trained: Any, batch: int) -> Any:
+    """The harness's own."""
+    from lm_eval.models.huggingface import HFLM
+
+    dtype = "bfloat16" if trained.device.type == "cuda" else "float32"
+    return HFLM(pretrained=trained.folder, device=trained.device.type, dtype=dtype, batch_size=batch)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without progress bars."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+# Equality
+
+
+def equal(args: argparse.Namespace, name: str, folder: str) -> None:
+    """Compare all items of the tasks on one model."""
+    trained = make(args.shape or "tiny", args.data_dir, folder, args.device, name)
+    mine, reference = ours(trained), theirs(trained, (args.batches or [16])[0])
+    for task in args.tasks or KINDS:
+        seconds, results = [], []
+        for lm in (reference, mine):
+            results.append(scored(lm, task, args.data_dir, args.limit))
+            seconds.append(results[-1]["seconds"])
+        compare(f"{name} model, {task}", trained, task, reference, *results)
+        print(f"  seconds of the model's work: HFLM {seconds[0]:.0f}, Ingot {seconds[1]:.0f}", flush=True)
+
+
+def scored(lm: Any, task: str, data_dir: str, limit: int | None) -> dict[str, Any]:
+    """The harness's results and samples, and each request with its answer."""
+    from lm_eval import simple_evaluate
+
+    from jobs.eval_code import CodeEval
+    from jobs.eval_tasks import Tasks
+
+    kind = KINDS[task]
+    original, asked, seconds = getattr(lm, kind), [], []
+
+    def recorded(requests: list[Any], **kwargs: Any) -> list[Any]:
+        began = time.monotonic()
+        answers = original(requests, **kwargs)
+        seconds.append(time.monotonic() - began)
+        asked.extend(zip([request.args for request in requests], answers, strict=True))
+        return answers
+
+    setattr(lm, kind, recorded)
+    try:
+        with quiet():
+            found = simple_evaluate(
+                model=lm,
+                tasks=[task],
+                task_manager=Tasks(data_dir, CodeEval(allowed=True)),
+                num_fewshot=SHOTS.get(task),
+                limit=limit,
+                bootstrap_iters=0,
+                confirm_run_unsafe_code=True,
+            )
+    finally:
+        setattr(lm, kind, original)
+    return {"results": found["results"], "samples": found["samples"], "asked": asked, "seconds": sum(seconds)}
+
+
+def compare(title: str, trained: Any, task: str, reference: Any, a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Print in how many items two evaluations differ."""
+    assert [args for args, _ in a["asked"]] == [args for args, _ in b["asked"]], "the requests differ"
+    pairs = [(args, x, y) for (args, x), (_, y) in zip(a["asked"], b["asked"], strict=True)]
+    print(f"{title}: {len(pairs)} requests", flush=True)
+    if KINDS[task] == "loglikelihood":
+        worst = max(abs(x[0] - y[0]) for _, x, y in pairs)
+        over = sum(abs(x[0] - y[0]) > 1e-4 for _, x, y in pairs)
+        flags = sum(x[1] != y[1] for _, x, y in pairs)
+        print(f"  log-likelihoods: largest difference {worst:.2e}, {over} above 1e-4; {flags} greedy flags differ")
+    else:
+        differ = [(args, x, y) for args, x, y in pairs if x != y]
+        print(f"  texts: {len(differ)} differ, {len({x for _, x, _ in pairs})} distinct")
+        for args, x, y in differ[:20]:
+            print(f"    {parted(trained, reference, args, x, y)}")
+    samples = [
+        (one, other) for name in a["samples"] for one, other in zip(a["samples"][name], b["samples"][name], strict=True)
+    ]
+    metrics = sum(any(one[m] != other[m] for m in one["metrics"]) for one, other in samples)
+    extracted = 0
+    if KINDS[task] != "loglikelihood":
+        extracted = sum(one["filtered_resps"] != other["filtered_resps"] for one, other in samples)
+    print(f"  predictions: of {len(samples)}, {metrics} are scored differently, {extracted} extracted answers differ")
+    names = [name for name in a["results"] if a["results"][name] != b["results"][name]]
+    print(f"  scores: {len(a['results'])} tasks and groups, {len(names)} differ")
+    for name in [task, *names]:
+        print(f"    {name}: HFLM {numbers(a['results'][name])}, Ingot {numbers(b['results'][name])}", flush=True)
+
+
+def numbers(results: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a task."""
+    return {name: float(value) for name, value in results.items() if "," in name and isinstance(value, float)}
+
+
+def parted(trained: Any, reference: Any, args: tuple[Any, ...], x: str, y: str) -> str:
+    """Where two greedy texts part: the difference of transformers' two largest logits there."""
+    same = next((i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), min(len(x), len(y)))
+    own = trained.tokenizer.encode(x[:same])
+    prompt = reference.tok_encode(args[0])
+    gap = float("inf")
+    for cut in range(max(0, len(own) - 3), len(own) + 1):  # the last tokens in common may be cut differently
+        tokens = [*prompt, *own[:cut]]
+        with torch.no_grad():
+            logits = reference.model(torch.tensor([tokens], device=trained.device)).logits[0, -1].float()
+        first, second = logits.topk(2).values.tolist()
+        gap = min(gap, first - second)
+    return f"after {len(own)} tokens, where the two likeliest differ by {gap:.1e}: {x[-30:]!r} {y[-30:]!r}"
+
+
+# Speed
+
+
+def requests_of(task: str, data_dir: str, limit: int | None) -> list[Any]:
+    """All requests of a task, as the harness builds them."""
+    from jobs.eval_tasks import Tasks
+
+    found = []
+    with quiet():
+        for one in Tasks(data_dir).load([task])["tasks"].values():
+            one.set_config("num_fewshot", SHOTS[task])
+            one.set_fewshot_seed(1234)
+            one.build_all_requests(limit=limit)
+            found += one.instances
+    return found
+
+
+def timed(lm: Any, kind: str, requests: list[Any]) -> float:
+    """Seconds from text to results."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+    began = time.monotonic()
+    with quiet(), contextlib.redirect_stdout(None):
+        getattr(lm, kind)(requests)
+    return time.monotonic() - began
+
+
+def of_text(lm: Any, kind: str, requests: list[Any]) -> float:
+    """Seconds of those that the text takes: all but the model's work."""
+    if kind != "loglikelihood":
+        return 0.0
+    original = lm._loglikelihood_tokens
+    lm._loglikelihood_tokens = lambda tokens, **_: [(0.0, False)] * len(tokens)
+    try:
+        return timed(lm, kind, requests)
+    finally:
+        lm._loglikelihood_tokens = original
+
+
+def fastest(trained: Any, kind: str, requests: list[Any], batches: list[int]) -> Any:
+    """HFLM at the batch size that is fastest on some of the requests."""
+    lm, best = theirs(trained, batches[0]), (float("inf"), 0)
+    # far apart, so of different lengths; questions whole
+    step = max(1, len(requests) // 4 // (2 * batches[-1])) * 4
+    some = [one for start in range(0, len(requests), step) for one in requests[start : start + 4]]
+    some = some if kind == "loglikelihood" else requests[: batches[-1]]
+    timed(lm, kind, some[: batches[0]])
+    for batch in batches:
+        lm.batch_size_per_gpu = batch
+        try:
+            best = min(best, (timed(lm, kind, some), batch))
+        except torch.OutOfMemoryError:
+            break
+    lm.batch_size_per_gpu = best[1]
+    return lm
+
+
+def speed(args: argparse.Namespace, folder: str) -> None:
+    """Seconds of both, and their ratio."""
+    shape = args.shape or "small"
+    trained = make(shape, args.data_dir, folder, args.device, "initial")
+    batches = args.batches or ([16, 32, 64, 128] if args.device == "cuda" else [1, 4, 16])
+    for task in args.tasks or ["mmlu", "gsm8k"]:
+        kind, requests = KINDS[task], requests_of(task, args.data_dir, args.limit)
+        mine = ours(trained)
+        timed(mine, kind, requests[: len(requests) // 20 + 1])  # kernels are compiled at their first use
+        mine._encode._line.cache_clear()
+        own = timed(mine, kind, requests)
+        own_text = of_text(mine, kind, requests)
+        del mine
+        lm = fastest(trained, kind, requests, batches)
+        other, other_text = timed(lm, kind, requests), of_text(lm, kind, requests)
+        print(
+            f"{task}, {shape} on {device_name(args.device)}: {len(requests)} requests; HFLM {other:.1f} s "
+            f"(batch {lm.batch_size_per_gpu}; {other_text:.1f} s of it tokenization), Ingot {own:.1f} s "
+            f"({own_text:.1f} s): {other / own:.1f} times as fast, "
+            f"{(other - other_text) / (own - own_text):.1f} times without tokenization",
+            flush=True,
+        )
+        del lm
+
+
+def device_name(device: str) -> str:
+    """What the figures are of."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads of a CPU"
+
+
+def gpus(args: argparse.Namespace, folder: str) -> None:
+    """Ingot's seconds on several GPUs (or CPU cores) through Ray actors, and on one."""
+    from jobs.eval_workers import open_model
+    from jobs.harness import IngotLM
+    from jobs.settings import EvaluateJob
+
+    shape = args.shape or "small"
+    trained = make(shape, args.data_dir, folder, args.device, "initial")
+    length = trained.model.config.max_seq_len
+    tokenizer: Tokenizer = trained.tokenizer
+    del trained
+    requests = {task: requests_of(task, args.data_dir, args.limit) for task in args.tasks or ["mmlu", "gsm8k"]}
+    seconds: dict[tuple[str, int], float] = {}
+    for count in (1, args.gpus):
+        settings = replace(EvaluateJob(model=folder, workers=count), device="gpu" if args.device == "cuda" else "cpu")
+        with open_model(settings, args.device) as model:
+            lm = IngotLM(model, tokenizer, length)
+            for task, own in requests.items():
+                timed(lm, KINDS[task], own[: len(own) // 20 + 1])
+                seconds[task, count] = timed(lm, KINDS[task], own)
+    for task in requests:
+        one, several = seconds[task, 1], seconds[task, args.gpus]
+        print(f"{task}, {shape}: {one:.1f} s on one, {several:.1f} s on {args.gpus}: {one / several:.2f} times as fast")
+
+
+if __name__ == "__main__":
+    main()
