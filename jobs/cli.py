@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(job: str, arguments: list[str]) -> int:
     """Run a job; returns the exit status, 1 for what it has to say itself why it failed."""
-    from jobs.settings import checked
+    from jobs.settings import FailedError, checked
     from pipelines.documents import InputError
 
     settings = parse(job, arguments)
@@ -91,7 +91,7 @@ def _run(job: str, arguments: list[str]) -> int:
     except (InputError, RuntimeError) as error:
         from models.training.state import TrainingStoppedError  # here, because it brings torch, which takes seconds
 
-        if not isinstance(error, (InputError, TrainingStoppedError)):
+        if not isinstance(error, (InputError, FailedError, TrainingStoppedError)):
             raise
         print(f"ingot {job}: {error}", file=sys.stderr)
         return 1

@@ -87,7 +87,7 @@ def _need(job: str, settings: Any, *, gpus: bool) -> Need:
     paths = [("workspace", settings.workspace)]
     paths += [(f"sources.{n}.path", source.path) for n, source in enumerate(getattr(settings, "sources", None) or [])
               if getattr(source, "path", None)]  # fmt: skip
-    paths += [(name, value) for name in ("mmlu", "output") if (value := getattr(settings, name, None))]
+    paths += [(name, value) for name in ("data_dir", "output") if (value := getattr(settings, name, None))]
     if job in ("pretrain", "tune", "ladder"):
         on_gpu = training.device == "gpu" or (training.device == "auto" and gpus)
         at_once = (settings.concurrent_trials if job == "tune" else settings.concurrent if job == "ladder" else 1) or 1

@@ -14,7 +14,6 @@ import os
 import time
 import uuid
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -46,7 +45,7 @@ class FinishedItems:
         for line in _lines(folder):
             try:
                 key, value = json.loads(line)
-            except ValueError:  # cut short when its writer was killed
+            except ValueError:  # empty, or cut short when its writer was killed
                 continue
             self.items[key] = value
 
@@ -89,7 +88,7 @@ def _lines(folder: str) -> Iterator[str]:
     except FileNotFoundError:
         return
     for file in files:
-        yield from storage.read_bytes(file.uri).decode(errors="replace").splitlines()
+        yield from storage.read_bytes(file.uri).decode(errors="replace").split("\n")
 
 
 class CachedWorkers:
@@ -113,19 +112,9 @@ class CachedWorkers:
             yield index, (value[0], bool(value[1]))
 
     def generate(self, requests: Sequence[tuple[Sequence[int], Sequence[str], Any]]) -> Iterator[tuple[int, Any]]:
-        """As of ``Workers``; equal requests are one when greedy, else draws of their own."""
-        seen: Counter[str] = Counter()
-        keys, own = [], []
-        for prompt, until, sampling in requests:
-            key = _key("g", prompt, (), [list(until), _plain(sampling)])
-            if sampling.temperature > 0:
-                seen[key] += 1
-                if draw := seen[key] - 1:
-                    sampling = dataclasses.replace(sampling, seed=sampling.seed + draw)
-                    key = _key("g", prompt, (), [list(until), _plain(sampling)])
-            keys.append(key)
-            own.append((prompt, until, sampling))
-        yield from self._missing(keys, own, self.workers.generate, "texts")
+        """As of ``Workers``; equal requests, seed included, are one."""
+        keys = [_key("g", prompt, (), [list(until), _plain(sampling)]) for prompt, until, sampling in requests]
+        yield from self._missing(keys, requests, self.workers.generate, "texts")
 
     def _missing(self, keys: list[str], requests: Sequence[Any], work: Any, what: str) -> Iterator[tuple[int, Any]]:
         places: dict[str, list[int]] = {}

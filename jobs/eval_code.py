@@ -6,6 +6,7 @@ time limit, the same estimator.
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jobs.sandbox import Outcome, Program, many
 from jobs.settings import SettingsError
 
 log = logging.getLogger("ingot")
@@ -21,7 +23,7 @@ METRIC = "code_eval"
 SECONDS = 3.0  # for a program, as in the hub's metric
 MEMORY = 1 << 30  # bytes for a program
 
-Execute = Callable[[Sequence[str]], Iterable[tuple[int, bool, str]]]
+Execute = Callable[[Sequence[Program]], Iterable[tuple[int, Outcome]]]
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -46,8 +48,7 @@ class CodeEval:
         ks: which pass@k to tell; None those of the task.
         temperature: of the programs where there are several for a problem.
         top_p: likewise.
-        execute: runs programs; yields the place of each, whether it passed and why not, as they end. None takes the
-            sandbox.
+        execute: runs programs and yields the place and the outcome of each as they end; None takes the sandbox.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class CodeEval:
         self.allowed, self.samples, self.ks = allowed, samples, ks
         self.sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         self.execute = execute or in_sandbox
-        self.outcomes: dict[str, tuple[bool, str]] = {}  # by program
+        self.outcomes: dict[tuple[str, str], Outcome] = {}  # by program and tests
 
     def adapt(self, task: Any) -> None:
         """Make a task that runs code draw as many programs as asked for, and run them all at the same time.
@@ -89,7 +90,7 @@ class CodeEval:
                 test = str(task.doc_to_target(instance.doc))
                 for predictions in instance.filtered_resps.values():
                     given = [predictions] if isinstance(predictions, str) else predictions
-                    programs += [_program(prediction, test) for prediction in given]
+                    programs += [_program(prediction, test, instance.doc) for prediction in given]
             log.info("evaluate: %s, runs %d programs in the sandbox", task.config.task, len(programs))
             self._run(programs)
             return out
@@ -113,38 +114,49 @@ class CodeEval:
             raise SettingsError(
                 "allow_code_execution is False; the task runs programs that the model writes, so it has to be true"
             )
-        programs = [[_program(p, test) for p in own] for test, own in zip(references, predictions, strict=True)]
-        self._run([program for own in programs for program in own])
+        pairs = [[(solution, test) for solution in own] for test, own in zip(references, predictions, strict=True)]
+        self._run([_program(*pair) for own in pairs for pair in own])
         details: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-        for problem, own in enumerate(programs):
-            outcomes = [self.outcomes[program] for program in own]
+        for problem, own in enumerate(pairs):
+            outcomes = [self.outcomes[pair] for pair in own]
             details[problem] = [
-                (i, {"task_id": problem, "passed": passed, "result": reason, "completion_id": i})
-                for i, (passed, reason) in enumerate(outcomes)
+                (i, {"task_id": problem, "passed": one.passed, "result": one.reason, "completion_id": i})
+                for i, one in enumerate(outcomes)
             ]
-        least = min(map(len, programs))
-        told = [each for each in self.ks or k if each <= least]
-        passed = [(len(own), sum(self.outcomes[program][0] for program in own)) for own in programs]
-        estimates = {f"pass@{each}": sum(pass_at_k(n, c, each) for n, c in passed) / len(passed) for each in told}
-        return estimates, details
+        counts = [(len(own), sum(self.outcomes[pair].passed for pair in own)) for own in pairs]
+        told = [each for each in self.ks or k if each <= min(n for n, _ in counts)]
+        return {f"pass@{each}": sum(pass_at_k(n, c, each) for n, c in counts) / len(counts) for each in told}, details
 
-    def _run(self, programs: Sequence[str]) -> None:
+    def _run(self, programs: Sequence[Program]) -> None:
         """Run those that did not run yet, equal ones once."""
-        new = [program for program in dict.fromkeys(programs) if program not in self.outcomes]
-        for place, passed, reason in self.execute(new) if new else ():
-            self.outcomes[new[place]] = passed, reason
+        new = {(program.solution, program.tests): program for program in programs}
+        new = {pair: program for pair, program in new.items() if pair not in self.outcomes}
+        pairs = list(new)
+        for place, outcome in self.execute(list(new.values())) if new else ():
+            self.outcomes[pairs[place]] = outcome
 
 
-def _program(prediction: str, test: str) -> str:
-    return f"{prediction}\n{test}"
+def _program(solution: str, tests: str, doc: dict[str, Any] | None = None) -> Program:
+    """A program as the sandbox takes it; HumanEval says which function is tested, and its tests use the prompt's."""
+    if doc and "entry_point" in doc:
+        return Program(solution, tests, doc["entry_point"], doc.get("prompt", ""))
+    return Program(solution, tests, _tested(solution, tests))
 
 
-def in_sandbox(programs: Sequence[str]) -> Iterable[tuple[int, bool, str]]:
-    """Run programs in sandboxes, one on each core."""
-    from jobs import sandbox
+def _tested(solution: str, tests: str) -> str:
+    """The function of the solution that its tests name; the solution does not pass when there is none."""
+    try:
+        defined = {node.name for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)}
+        named = [node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)]
+    except (SyntaxError, ValueError):
+        return "no_function"
+    return next((name for name in named if name in defined), "no_function")
 
-    outcomes = sandbox.many(programs, workers=os.cpu_count() or 1, seconds=SECONDS, memory=MEMORY)
-    return ((place, outcome.passed, outcome.reason) for place, outcome in enumerate(outcomes))
+
+def in_sandbox(programs: Sequence[Program]) -> Iterable[tuple[int, Outcome]]:
+    """Run programs in sandboxes, one on each core that this process may use."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return many(programs, workers=workers, seconds=SECONDS, memory=MEMORY)
 
 
 def forget_modules() -> None:

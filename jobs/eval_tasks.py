@@ -29,7 +29,7 @@ _COLUMNS = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 
 
 class Tasks(TaskManager):
-    """The harness's ``TaskManager``, for ``lm_eval.simple_evaluate``, that knows local files and runs code in a sandbox.
+    """The harness's ``TaskManager``, which also knows local files, and has programs run in a sandbox.
 
     Args:
         data_dir: folder or URI with ``mmlu/{dev,test}/SUBJECT_{dev,test}.csv``, ``gsm8k/{train,test}.jsonl`` and
@@ -162,7 +162,7 @@ def _bytes(folder: str, file: str, task: Task) -> bytes:
 
 def _json_lines(data: bytes, file: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(data.decode().splitlines(), 1):
+    for number, line in enumerate(data.decode().rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
             rows.append({name: row[name] for name in fields})

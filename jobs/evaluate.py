@@ -1,175 +1,141 @@
-"""``ingot evaluate``: validation loss and bits per byte of a trained run, and multiple-choice questions."""
+"""``ingot evaluate``: a trained model on tasks of lm_eval, and its validation loss and bits per byte."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import math
+import os
 import sys
 import time
 from typing import Any
 
-from jobs.multiple_choice import answer, prompt_tokens, read_folder
 from jobs.placing import Write, place
-from jobs.settings import EvaluateJob, SettingsError
-from jobs.trained import Trained, find, load
+from jobs.settings import EvaluateJob, FailedError, Scoring
+from jobs.trained import find, located, run_fingerprint
 from pipelines import storage
 from pipelines.stage import ingot_version, require_manifest
 
 log = logging.getLogger("ingot")
 
+RESULTS = "results.json"  # of the checkpoint that was scored last
+
 
 def run(settings: EvaluateJob) -> dict[str, Any]:
-    """Score the run and write evals/NAME/results.json, with MMLU's single answers beside it; returns the results.
+    """Score the model and write what came out below evals/NAME; returns the results of the last checkpoint.
 
-    A checkpoint that was scored with the same settings is not scored again.
+    A checkpoint that was scored with the same settings is not scored again, and an evaluation that was stopped goes on
+    where it was.
 
     Raises:
-        SettingsError: a setting is out of range, or there is no such run.
-        FileNotFoundError: the validation split or MMLU's files are not there.
+        SettingsError: a setting is out of range, or there is no such run, checkpoint or task.
+        FileNotFoundError: the validation split is not there.
+        FailedError: tasks failed, after all others were done.
     """
-    # On a cluster it is done in another process, whose working directory is another.
-    settings = dataclasses.replace(settings, workspace=storage.absolute(settings.workspace))
-    if settings.mmlu is not None:  # read before a model is, so that a wrong path costs no time
-        settings.mmlu = storage.absolute(settings.mmlu)
-        list(read_folder(settings.mmlu, settings.few_shot, settings.limit))
-    made_of, before = _made_of(settings), _earlier(settings)
-    if before.get("made_of") == made_of:
-        log.info("evaluate: run %s is scored at step %d already, nothing to do", settings.name, before["step"])
-        return before
-    results = place(_score, settings, sys.stdout.write, settings.device, settings.cpus)
-    results["made_of"] = made_of
-    if "mmlu" not in results and before.get("step") == results["step"] and "mmlu" in before:
-        results["mmlu"] = before["mmlu"]  # of the same checkpoint: still true
-    folder = _folder(settings)
-    storage.write_json(storage.join(folder, "results.json"), results)
-    log.info("evaluate: results are in %s", folder)
+    settings = located(settings)  # on a cluster it is done in another process, whose working directory is another
+    if settings.data_dir is not None:
+        settings = dataclasses.replace(settings, data_dir=storage.absolute(settings.data_dir))
+    results: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for step in _steps(settings):
+        results = _one(dataclasses.replace(settings, step=step, steps=None))
+        at = f" at step {step}" if settings.steps else ""
+        failed |= {f"{task}{at}": reason for task, reason in results.get("failed", {}).items()}
+    if failed:
+        raise FailedError("; ".join(f"task {task} failed: {reason}" for task, reason in failed.items()))
     return results
 
 
-def _folder(settings: EvaluateJob) -> str:
-    return storage.join(settings.workspace, "evals", settings.name)
+def _steps(settings: EvaluateJob) -> list[int | None]:
+    if settings.steps is None:
+        return [settings.step]
+    if settings.steps != "all":
+        steps = list(settings.steps)
+        for step in steps:
+            find(dataclasses.replace(settings, step=step))
+        return steps
+    from models.training.ledger import LEDGER, Ledger
+
+    ledger = Ledger.from_dict(find(settings)[0].read_json(LEDGER))
+    return sorted({entry.step for entry in ledger.usable()})
 
 
-def _earlier(settings: EvaluateJob) -> dict[str, Any]:
-    uri = storage.join(_folder(settings), "results.json")
-    return storage.read_json(uri) if storage.exists(uri) else {}
+def _one(settings: EvaluateJob) -> dict[str, Any]:
+    """Score one checkpoint, or a model that is no run's."""
+    made_of = None
+    if settings.model is None:  # the files of other models may change
+        made_of = _made_of(settings)
+        evals = evals_folder(settings.workspace, settings.name)
+        before = storage.json_if_there(storage.join(evals, step_folder(find(settings)[2].step), RESULTS)) or {}
+        if before.get("made_of") == made_of and not before.get("failed"):
+            log.info("evaluate: %s is scored at step %s already, nothing to do", before["name"], before["step"])
+            storage.write_json(storage.join(evals, RESULTS), before)
+            return before
+    # Where copies of the model are asked for, this only prepares and counts: it takes no GPU itself.
+    device = "cpu" if settings.task_names() and os.environ.get("RAY_ADDRESS") else settings.device
+    results = place(score, settings, sys.stdout.write, device, settings.cpus)
+    results["made_of"] = made_of
+    folder = results.pop("folder")
+    for uri in {storage.join(folder, step_folder(results["step"]), RESULTS), storage.join(folder, RESULTS)}:
+        storage.write_json(uri, results)
+    log.info("evaluate: results are in %s", storage.join(folder, step_folder(results["step"])))
+    return results
+
+
+def evals_folder(workspace: str, name: str) -> str:
+    """The folder of everything that was measured of a run."""
+    return storage.join(workspace, "evals", name)
+
+
+def step_folder(step: int | None) -> str:
+    """Name of the folder, in that of a run, of what was measured of one checkpoint; empty for what is no run."""
+    return "" if step is None else f"step-{step:08d}"
 
 
 def _made_of(settings: EvaluateJob) -> dict[str, Any]:
-    """What the results follow from."""
+    """What the results of a run follow from."""
     entry = find(settings)[2]
-    measured = ("mmlu", "few_shot", "limit", "validation_samples")
-    tokens = require_manifest(storage.join(settings.workspace, "tokens/validation"), "tokenize")
-    return {
-        "checkpoint": [entry.step, entry.time],
-        "tokens": tokens["fingerprint"],
+    measured = [field.name for field in dataclasses.fields(Scoring)] + ["validation_samples"]
+    made_of = {
+        "checkpoint": [entry.step, entry.time, run_fingerprint(settings)],
         "settings": {name: getattr(settings, name) for name in measured},
         "version": ingot_version(),
     }
+    if settings.validation_samples:
+        tokens = require_manifest(storage.join(settings.workspace, "tokens/validation"), "tokenize")
+        made_of["tokens"] = tokens["fingerprint"]
+    return made_of
 
 
-def _score(settings: EvaluateJob, device: str, _: Write) -> dict[str, Any]:
-    """The results, measured on ``device``."""
-    mmlu = None
-    if settings.mmlu is not None:
-        mmlu = list(read_folder(settings.mmlu, settings.few_shot, settings.limit))
-    trained = load(settings, device)
-    results: dict[str, Any] = {"name": settings.name, "step": trained.step, "time": time.time()}
-    results.update(validation(trained, settings.workspace, settings.validation_samples, settings.batch))
-    log.info(
-        "evaluate: run %s at step %d, validation loss %.4f, %.4f bits per byte",
-        settings.name,
-        trained.step,
-        results["validation_loss"],
-        results["validation_bits_per_byte"],
-    )
-    if mmlu is not None:
-        results["mmlu"], answers = _mmlu(trained, mmlu, settings)
-        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
-        storage.write_bytes(storage.join(_folder(settings), "mmlu.jsonl"), lines.encode())
-    return results
-
-
-def validation(trained: Trained, workspace: str, samples: int, batch: int) -> dict[str, float]:
-    """Loss in nats a token and bits a byte over the first sequences of the validation split.
-
-    The sequences are those that pretraining validates on, when ``samples`` is its ``validation_samples``.
+def score(settings: EvaluateJob, device: str, write: Write) -> dict[str, Any]:
+    """The results of one model, measured on ``device``; those of tasks go into its folder as they are done.
 
     Raises:
-        SettingsError: the token shards were made with another tokenizer than the workspace's, or with more tokens than
-            the model knows.
+        SettingsError: there is no such task, or a file of it is missing.
     """
-    import torch
+    harness = None
+    if settings.task_names():
+        from jobs import eval_harness  # brings lm_eval, which takes seconds
 
-    from models.loss import IGNORE, inputs_and_targets
-    from pipelines.batches import Batches
-    from pipelines.shards import TokenShards
+        harness = eval_harness.Harness(settings)  # before the model, so that a wrong name or path costs no time
+    from jobs.eval_workers import open_model
 
-    config = trained.model.config
-    shards = TokenShards(storage.join(workspace, "tokens/validation"))
-    if (
-        shards.manifest["tokenizer"]
-        != require_manifest(storage.join(workspace, "tokenizer"), "tokenizer")["fingerprint"]
-    ):
-        raise SettingsError(
-            f"{shards.folder}: was made with another tokenizer than the one in {workspace}/tokenizer; "
-            "run `ingot tokenize` again"
-        )
-    if shards.manifest["vocab_size"] > config.vocab_size:
-        raise SettingsError(
-            f"{shards.folder}: has a vocabulary of {shards.manifest['vocab_size']}, but the model one of "
-            f"{config.vocab_size}; evaluate a run that was trained on these shards"
-        )
-    split = Batches(shards, config.max_seq_len, batch, seed=0)
-    lengths = torch.zeros(config.vocab_size, dtype=torch.int64)
-    of_tokenizer = torch.from_numpy(trained.tokenizer.byte_lengths())
-    lengths[: len(of_tokenizer)] = of_tokenizer
-    nats, tokens, size = 0.0, 0.0, 0.0
-    for rows, weights in split.in_order(samples, 0, 1, batch):
-        inputs, targets = inputs_and_targets(torch.from_numpy(rows[weights > 0]))
-        with torch.inference_mode():
-            losses = trained.model(inputs.to(trained.device), targets.to(trained.device), reduction="none")
-        nats += losses.double().sum().item()
-        targets = targets[targets != IGNORE]
-        tokens += targets.numel()
-        size += lengths[targets].sum().item()
-    return {"validation_loss": nats / tokens, "validation_bits_per_byte": nats / math.log(2) / size}
-
-
-def _mmlu(trained: Trained, subjects: list[Any], settings: EvaluateJob) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Accuracy of each subject and over all questions, and what was answered to each."""
-    # the letters' last token is predicted, never fed
-    room = trained.model.config.max_seq_len + 1 - max(len(trained.tokenizer.encode(f" {c}")) for c in "ABCD")
-    accuracy: dict[str, float] = {}
-    answers: list[dict[str, Any]] = []
-    for number, (subject, solved, questions) in enumerate(subjects, 1):
-        prompts = [prompt_tokens(trained, solved, question, room) for question in questions]
-        scores = answer(trained, prompts, settings.batch)
-        chosen = scores.argmax(1).tolist()
-        right = sum(c == q.answer for c, q in zip(chosen, questions, strict=True))
-        accuracy[subject] = right / max(1, len(questions))
-        answers += [
-            {"subject": subject, "question": i, "answer": q.answer, "chosen": c, "log_likelihoods": s}
-            for i, (q, c, s) in enumerate(zip(questions, chosen, scores.tolist(), strict=True))
-        ]
-        log.info(
-            "evaluate: mmlu %d/%d, %s: %d of %d right (%.1f%%)",
-            number,
-            len(subjects),
-            subject,
-            right,
-            len(questions),
-            100 * accuracy[subject],
-        )
-    right = sum(line["answer"] == line["chosen"] for line in answers)
-    results = {
-        "accuracy": right / max(1, len(answers)),
-        "accuracy_of_subjects": sum(accuracy.values()) / len(accuracy),
-        "questions": len(answers),
-        "few_shot": settings.few_shot,
-        "subjects": accuracy,
-    }
-    log.info("evaluate: mmlu, %.2f%% of %d questions right; chance is 25%%", 100 * results["accuracy"], len(answers))
-    return results, answers
+    with open_model(settings, device) as model:
+        known = model.facts()
+        # Other models may be called alike.
+        own = known.name if known.step is not None else f"{known.name}-{known.fingerprint[:8]}"
+        folder = evals_folder(settings.workspace, own)
+        results: dict[str, Any] = {"name": known.name, "step": known.step, "folder": folder}
+        if settings.validation_samples and settings.model is None:
+            results |= model.validation(settings.workspace, settings.validation_samples, settings.batch)
+            log.info(
+                "evaluate: run %s at step %d, validation loss %.4f, %.4f bits per byte",
+                known.name,
+                known.step,
+                results["validation_loss"],
+                results["validation_bits_per_byte"],
+            )
+        if harness is not None:
+            scored = harness.run(model, known, folder, step_folder(known.step))
+            write(scored.pop("table"))
+            results |= scored
+    return results | {"time": time.time()}

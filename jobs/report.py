@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jobs.charts import number, standalone
+from jobs.eval_page import evaluation_sections
 from jobs.events import QUIET, counted, seconds, sentence, value
 from jobs.history import History
 from jobs.page import figure, folded, page, table, tiles
@@ -97,7 +98,7 @@ class RunPage:
             _hurt(events),
             self._mixture(facts, data, ledger["skips"], most),
             _samples(self.folder.read_json("samples.json") or []),
-            _evaluations(self.workspace, self.name),
+            evaluation_sections(self.workspace, self.name),
             data_section(data),
             _sweeps(self.workspace),
             _checkpoints(ledger),
@@ -277,27 +278,6 @@ def _samples(samples: list[dict[str, str]]) -> str:
         f"<blockquote><b>{html.escape(s['prompt'])}</b>{html.escape(s['text'])}</blockquote>" for s in samples
     )
     return f"<section><h2>What it writes</h2>{texts}</section>" if samples else ""
-
-
-def _evaluations(workspace: str, run: str) -> str:
-    folder = storage.join(workspace, "evals", run)
-    if not storage.exists(folder):
-        return ""
-    rows: list[list[str]] = []
-    details = []
-    for file in [file for file in storage.list_files(folder) if file.uri.endswith(".json")]:
-        found = storage.read_json(file.uri)
-        groups = {"": {k: v for k, v in found.items() if k not in ("name", "time")}}
-        groups |= {name: group for name, group in found.items() if isinstance(group, dict)}
-        for name, group in groups.items():
-            told = {k: v for k, v in group.items() if isinstance(v, int | float | str)}
-            rows += [[f"{name} {key}".strip().replace("_", " "), value(fact)] for key, fact in told.items()]
-            # What goes deeper, such as the accuracy of each subject
-            for key, deeper in group.items():
-                if name and isinstance(deeper, dict):
-                    lines = [[inner.replace("_", " "), value(v)] for inner, v in deeper.items()]
-                    details.append(folded(f"{name}: {key.replace('_', ' ')}", table("", ["", ""], lines)))
-    return table("Evaluation", ["", ""], rows) + "".join(details)
 
 
 def _sweeps(workspace: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -19,6 +20,10 @@ from pipelines.tokenizer import TokenizerSettings
 
 class SettingsError(ValueError):
     """Something that whoever started the job has to put right; the message is all they need to see."""
+
+
+class FailedError(RuntimeError):
+    """A job did what it could, and something of it failed; the message is all that whoever started it needs to see."""
 
 
 def require(condition: bool, setting: str, value: object, allowed: str) -> None:
@@ -522,28 +527,79 @@ class LadderJob(InWorkspace):
 
 
 @dataclass
-class EvaluateJob(Placed):
-    """Score a trained run: validation loss and bits per byte, and multiple-choice questions."""
+class Scoring:
+    """Which tasks of lm_eval to score a model on, and how."""
 
-    mmlu: str | None = None
-    """Folder of MMLU's CSV files: `dev/SUBJECT_dev.csv` and `test/SUBJECT_test.csv`, with the columns
-    question, choice0 to choice3, and answer (0 to 3)."""
-    few_shot: int = 5
-    """Solved questions of the dev file before each question; fewer are taken when they do not fit."""
+    tasks: list[str] | str = field(default_factory=list)
+    """Tasks or groups of the harness by name, such as `mmlu,gsm8k,gsm8k_cot,humaneval`."""
+    data_dir: str | None = None
+    """Folder with the data of mmlu (`mmlu/{dev,test}/SUBJECT_{dev,test}.csv`, with the columns question, choice0 to
+    choice3, and answer, 0 to 3), gsm8k (`gsm8k/{train,test}.jsonl`) and humaneval (`humaneval/HumanEval.jsonl.gz`);
+    null takes the hub's, as other tasks do."""
+    num_fewshot: dict[str, int] | int | None = None
+    """Solved examples before each question, of all tasks or by their names, such as `{mmlu: 5, gsm8k: 8}`; null takes
+    the task's own number: of mmlu none, where papers have 5. Tasks that allow none stay without."""
     limit: int | None = None
-    """Questions of each subject; null takes all."""
-    validation_samples: int = 256
-    """Sequences of the validation split to measure, from its start."""
-    batch: int = 16
-    """Sequences that are scored at a time."""
+    """Questions of each task; null takes all."""
+    allow_code_execution: bool = False
+    """Run the programs that the model writes, in a sandbox: what humaneval and mbpp need."""
+    samples_per_problem: int | None = None
+    """Programs drawn for each problem; null takes the task's number, for humaneval a single greedy one."""
+    pass_at_k: list[int] | None = None
+    """Numbers of programs that may be tried, of which one has to pass; null takes the task's."""
+    temperature: float = 0.2
+    """Of programs where several are drawn for each problem."""
+    top_p: float = 0.95
+    """Likewise."""
+
+    def task_names(self) -> list[str]:
+        """``tasks`` as a list."""
+        names = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
+        return [name for name in map(str.strip, names) if name]
+
+    def shots(self, task: str) -> int | None:
+        """``num_fewshot`` of a task."""
+        return self.num_fewshot.get(task) if isinstance(self.num_fewshot, dict) else self.num_fewshot
 
     def validate(self) -> None:
         """Raise SettingsError for what cannot work, before anything is loaded."""
-        super().validate()
-        require(self.few_shot >= 0, "few_shot", self.few_shot, "at least 0")
+        shots = self.num_fewshot.values() if isinstance(self.num_fewshot, dict) else [self.num_fewshot or 0]
+        require(min(shots, default=0) >= 0, "num_fewshot", self.num_fewshot, "at least 0")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or null for all")
-        require(self.validation_samples >= 1, "validation_samples", self.validation_samples, "at least 1")
+        samples, ks = self.samples_per_problem, self.pass_at_k
+        require(samples is None or samples >= 1, "samples_per_problem", samples, "at least 1, or null")
+        fits = ks is None or (bool(ks) and min(ks) >= 1 and max(ks) <= (samples or max(ks)))
+        require(fits, "pass_at_k", ks, "numbers from 1 to samples_per_problem")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+
+
+@dataclass
+class EvaluateJob(Scoring, Placed):
+    """Score a trained model on tasks of lm_eval, and by its validation loss and bits per byte."""
+
+    steps: str | list[int] | None = None
+    """Several checkpoints of the run, one after the other: their steps, or all; null takes `step`."""
+    workers: int | None = None
+    """Copies of the model that work at the same time; null one for each GPU, without GPUs a single one."""
+    validation_samples: int = 256
+    """Sequences of the validation split to measure, from its start; 0 none. Only of runs, not of a `model`."""
+    batch: int = 16
+    """Sequences of the validation split that are scored at a time."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is loaded."""
+        Placed.validate(self)
+        Scoring.validate(self)
+        steps = self.steps
+        fits = steps in (None, "all") or (isinstance(steps, list) and bool(steps))
+        require(fits, "steps", steps, "all, a list of steps, or null")
+        require(steps is None or (self.model is None and self.step is None), "steps", steps, "null with step or model")
+        require(self.workers is None or self.workers >= 1, "workers", self.workers, "at least 1, or null")
+        require(self.validation_samples >= 0, "validation_samples", self.validation_samples, "at least 0")
         require(self.batch >= 1, "batch", self.batch, "at least 1")
+        nothing = not self.task_names() and (self.model is not None or not self.validation_samples)
+        require(not nothing, "tasks", self.tasks, "at least one, since the validation loss is not measured")
 
 
 @dataclass
@@ -584,10 +640,34 @@ class GenerateJob(Placed):
 
 @dataclass
 class ExportJob(OfRun):
-    """Write a trained run as a folder that `transformers` loads."""
+    """Write a trained model as a folder that `transformers` loads, and for llama.cpp; push it to a hub."""
 
     output: str | None = None
     """Folder to write; null is exports/NAME in the workspace."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the weights in the files; fp32 is what they were trained in."""
+    max_shard_size: str = "5GB"
+    """Bytes in a file of weights at most, such as 500MB; larger models are split, with an index."""
+    gguf: Literal["f16", "bf16", "f32", "q8_0"] | None = None
+    """Write a GGUF file for llama.cpp too, with matrices of this kind; null writes none."""
+    push_to: str | None = None
+    """Repository of the hub to push the folder to, as OWNER/NAME; null keeps it here."""
+    public: bool = False
+    """A repository that is made for it is public."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is loaded."""
+        self.shard_bytes()
+        target = self.push_to
+        named = target is None or re.fullmatch(r"[\w.-]+/[\w.-]+", target)
+        require(bool(named), "push_to", target, "a repository's name, as OWNER/NAME")
+
+    def shard_bytes(self) -> int:
+        """``max_shard_size`` in bytes."""
+        found = re.fullmatch(r"(\d+)\s*(KB|MB|GB|)", str(self.max_shard_size).upper())
+        size = 0 if found is None else int(found[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]]
+        require(size > 0, "max_shard_size", self.max_shard_size, "a size above 0 such as 500MB or 5GB")
+        return size
 
 
 @dataclass

@@ -131,15 +131,17 @@ def workspace(tmp_path):
         ("tokens/train", {"tokens": 9_100_000, "documents": 1200, "bytes": 29_000_000} | made),
         ("tokens/validation", {"tokens": 190_000, "documents": 25, "bytes": 610_000} | made),
         ("sweeps/lr", None),
-        ("evals/base", None),
+        ("evals/base/step-00000200", None),
     ):
         (tmp_path / name).mkdir(parents=True)
         if manifest:
             (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
     trials = [{"trial": "a", "optimizer.lr": 0.003, "validation_loss": 3.11, "step": 200}]
     (tmp_path / "sweeps/lr/results.json").write_text(json.dumps({"space": ["optimizer.lr"], "trials": trials}))
-    (tmp_path / "evals/base/results.json").write_text(
-        json.dumps({"name": "base", "time": 9.9, "validation_loss": 3.045, "mmlu": {"all": 0.2513, "by": {"law": 0.3}}})
+    row = {"task": "gsm8k", "alias": "gsm8k", "group": None, "metric": "exact_match", "filter": "strict-match"}
+    row |= {"value": 0.2513, "stderr": 0.0119, "n_shot": 5, "items": 1319, "chance": None}
+    (tmp_path / "evals/base/step-00000200/results.json").write_text(
+        json.dumps({"name": "base", "step": 200, "time": 9.9, "validation_loss": 3.045, "scores": [row]})
     )
     facts = {"name": "base", "n_params": 1_100_000, "device": "cpu", "world_size": 2, "tokens_manifest": "older tokens"}
     facts |= {"settings": {"steps": 200}, "model": {}, "data": data_facts(str(tmp_path))}
@@ -169,7 +171,7 @@ def test_the_page_tells_the_whole_story_and_needs_nothing_beside_itself(workspac
         "9.1M tokens of 1,200 documents, 29.0 MB of text",
         "return x < 3 & y",
         "validation loss 3.045",
-        "mmlu all 0.2513",
+        "gsm8k 5 1,319 exact_match strict-match 0.2513 0.0119",
         "def f(x): return",
         "optimizer.lr",
         "poisoned",

@@ -121,7 +121,7 @@ def test_arguments_arrive_as_they_were_meant(checkout, tmp_path):
         "workspace: elsewhere\npretrain: {steps: 5}\ncurate: {sources: [{kind: jsonl, path: data/a.jsonl}]}\n"
     )
     files = {}
-    arguments = ["--config=recipe.yaml", "--workspace", "w", "--prompt=a=b c", "--mmlu", "data/a.jsonl"]
+    arguments = ["--config=recipe.yaml", "--workspace", "w", "--prompt=a=b c", "--data_dir", "data/a.jsonl"]
     arguments += ["--sources", '[{"kind": "jsonl", "path": "data/a.jsonl"}]', "--flag"]
 
     shipped = ship_arguments("curate", arguments, files, Paths("http://x", []))
@@ -130,7 +130,7 @@ def test_arguments_arrive_as_they_were_meant(checkout, tmp_path):
     assert yaml.safe_load(files["recipe-0.yaml"]) == {
         "sources": [{"kind": "jsonl", "path": f"{checkout}/data/a.jsonl"}]
     }
-    assert shipped[2:4] == ["--prompt=a=b c", f"--mmlu={checkout}/data/a.jsonl"]
+    assert shipped[2:4] == ["--prompt=a=b c", f"--data_dir={checkout}/data/a.jsonl"]
     name, value = shipped[4].split("=", 1)
     assert name == "--sources"
     assert yaml.safe_load(value) == [{"kind": "jsonl", "path": f"{checkout}/data/a.jsonl"}]

@@ -12,7 +12,6 @@ import transformers
 
 from jobs import evaluate, export, generate
 from jobs.cli import main
-from jobs.multiple_choice import Question, answer, prompt_tokens, read_folder
 from jobs.run_folder import StoredRun
 from jobs.settings import EvaluateJob, ExportJob, GenerateJob, OfRun, SettingsError
 from jobs.trained import load
@@ -172,66 +171,6 @@ def test_shards_of_another_tokenizer_are_not_scored(workspace):
         storage.write_json(manifest, kept)
 
 
-def write_mmlu(folder, subjects=("high_school_rivers", "old_houses"), questions=5):
-    header = "question,choice0,choice1,choice2,choice3,answer\n"
-    for subject in subjects:
-        for part, n in (("dev", 3), ("test", questions)):
-            rows = [f'"Is {i} old, or ""wide""?",{i},river,"a, b",D{i},{i % 4}\n' for i in range(n)]
-            storage.write_bytes(f"{folder}/{part}/{subject}_{part}.csv", (header + "".join(rows)).encode())
-    return str(folder)
-
-
-def test_prompt_is_the_published_format_and_drops_examples_that_do_not_fit(workspace):
-    trained = load(OfRun(workspace=workspace))
-    solved = [Question("old_houses", "Is it?", ("a", "b", "c", "d"), 2)]
-    question = Question("old_houses", "Was it? ", ("w", "x", "y", "z"), 0)
-    head = "The following are multiple choice questions (with answers) about old houses.\n\n"
-    own = "Was it?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
-    whole = head + "Is it?\nA. a\nB. b\nC. c\nD. d\nAnswer: C\n\n" + own
-    encode, eot = trained.tokenizer.encode, trained.tokenizer.eot_id
-    assert prompt_tokens(trained, solved, question, 1000) == [eot, *encode(whole)]
-    assert prompt_tokens(trained, solved, question, len(encode(whole))) == [eot, *encode(head + own)]
-    assert prompt_tokens(trained, solved, question, 10) == encode(head + own)[-10:]
-
-
-@pytest.mark.parametrize("letters_are_tokens", [True, False])
-def test_letters_are_scored_as_transformers_scores_them(tmp_path, letters_are_tokens):
-    workspace = make_workspace(tmp_path / "workspace", letters_are_tokens=letters_are_tokens)
-    trained = load(OfRun(workspace=workspace))
-    encoded = [trained.tokenizer.encode(f" {letter}") for letter in "ABCD"]
-    assert all(len(tokens) == 1 for tokens in encoded) == letters_are_tokens
-    export.run(ExportJob(workspace=workspace, output=str(tmp_path / "export")))
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "export"), dtype=torch.float32).eval()
-    prompts = [trained.tokenizer.encode(text) for text in ("the", "the house is", "wide river", "old")]
-    expected = np.zeros((4, 4))
-    for i, prompt in enumerate(prompts):
-        for j, letter in enumerate(encoded):
-            with torch.no_grad():
-                log_probs = model(torch.tensor([prompt + letter])).logits[0].log_softmax(-1)
-            expected[i, j] = sum(log_probs[len(prompt) - 1 + k, token].item() for k, token in enumerate(letter))
-    np.testing.assert_allclose(answer(trained, prompts, batch=3), expected, atol=1e-4)
-
-
-def test_every_question_is_answered_and_counted(workspace, tmp_path):
-    mmlu = write_mmlu(tmp_path / "mmlu")
-    results = evaluate.run(EvaluateJob(workspace=workspace, validation_samples=2, mmlu=mmlu, few_shot=2, batch=4))
-    lines = storage.read_bytes(f"{workspace}/evals/base/mmlu.jsonl").decode().splitlines()
-    answers = [json.loads(line) for line in lines]
-    assert [(a["subject"], a["question"], a["answer"]) for a in answers] == [
-        (subject, i, i % 4) for subject in ("high_school_rivers", "old_houses") for i in range(5)
-    ]
-    assert all(a["chosen"] == int(np.argmax(a["log_likelihoods"])) for a in answers)
-    assert results["mmlu"]["questions"] == 10
-    assert results["mmlu"]["accuracy"] == pytest.approx(np.mean([a["chosen"] == a["answer"] for a in answers]))
-
-
-def test_limit_and_shots_are_kept(tmp_path):
-    mmlu = write_mmlu(tmp_path / "mmlu")
-    for few_shot, limit, expected in ((0, None, (0, 5)), (2, 3, (2, 3)), (9, 9, (3, 5))):
-        for _, solved, questions in read_folder(mmlu, few_shot, limit):
-            assert (len(solved), len(questions)) == expected
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -242,7 +181,10 @@ def test_limit_and_shots_are_kept(tmp_path):
         (["generate", "--name", "other"], "name is 'other'"),
         (["evaluate", "--limit", "0"], "limit is 0"),
         (["evaluate", "--batch", "0"], "batch is 0"),
-        (["evaluate", "--mmlu", "/no/such/folder"], "/no/such/folder"),
+        (["evaluate", "--tasks", "mmlu_anatomy", "--data_dir", "/no/such/folder"], "no file /no/such/folder/mmlu/test"),
+        (["evaluate", "--tasks", "mmlu_anatomi"], "no such task; near are mmlu_anatomy"),
+        (["evaluate", "--tasks", "humaneval"], "allow_code_execution is False"),
+        (["evaluate", "--steps", "[10, 11]"], "step is 11"),
         (["export", "--step", "11"], "step is 11"),
     ],
 )

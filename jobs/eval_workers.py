@@ -1,0 +1,304 @@
+"""A model that an evaluation asks: in this process, or copies of it in Ray actors, one for each GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobs.eval_validation import validation
+from jobs.session import ray_session
+from jobs.settings import EvaluateJob
+from jobs.trained import Trained, load
+
+if TYPE_CHECKING:
+    from jobs.harness import LocalWorkers
+
+log = logging.getLogger("ingot")
+
+_SMALLEST = 256  # items that an actor gets at least; fewer keep a GPU busy for too short
+_MOST_LOST = 3  # times that one actor may be lost before it is given up
+_REPLY_EVERY = 0.5  # seconds between two replies of an actor at work
+
+
+@dataclass
+class Facts:
+    """What an evaluation knows of a model that may be elsewhere.
+
+    Attributes:
+        name: of the run or the folder.
+        step: of the checkpoint; None of a model that is no run.
+        fingerprint: of the weights, the precision and the kind of device.
+        tokenizer: the model's.
+        max_length: tokens that it takes.
+        vocab_size: ids that have a text.
+        parameters: their number.
+        device: cpu or cuda.
+        dtype: of matrix products.
+    """
+
+    name: str
+    step: int | None
+    fingerprint: str
+    tokenizer: Any
+    max_length: int
+    vocab_size: int
+    parameters: int
+    device: str
+    dtype: str
+
+
+class Model:
+    """The model in this process, with the methods of ``jobs.harness.Workers`` and the validation loss."""
+
+    def __init__(self, settings: EvaluateJob, device: str) -> None:
+        self.trained = load(settings, device)
+        self.workers: LocalWorkers | None = None
+
+    def facts(self) -> Facts:
+        """Of the model."""
+        return facts(self.trained)
+
+    def validation(self, workspace: str, samples: int, batch: int) -> dict[str, float]:
+        """``jobs.eval_validation.validation`` of the model."""
+        return validation(self.trained, workspace, samples, batch)
+
+    def log_likelihoods(self, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """As of ``Workers``."""
+        return self._local().log_likelihoods(requests)
+
+    def generate(self, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """As of ``Workers``."""
+        return self._local().generate(requests)
+
+    def _local(self) -> LocalWorkers:
+        if self.workers is None:  # so that the validation loss needs no harness
+            from jobs.harness import LocalWorkers
+
+            self.workers = LocalWorkers(self.trained)
+        return self.workers
+
+
+def facts(trained: Trained) -> Facts:
+    """What others need to know of a model that is loaded."""
+    import torch
+
+    on_gpu = trained.device.type == "cuda"
+    dtype = "bfloat16" if on_gpu else str(next(trained.model.parameters()).dtype).removeprefix("torch.")
+    config = trained.model.config
+    return Facts(
+        name=trained.name,
+        step=trained.step,
+        fingerprint=f"{trained.fingerprint}-{dtype}-{trained.device.type}",
+        tokenizer=trained.tokenizer,
+        max_length=config.max_seq_len,
+        vocab_size=trained.tokenizer.vocab_size,
+        parameters=config.n_params(),
+        device=torch.cuda.get_device_name(trained.device) if on_gpu else "cpu",
+        dtype=dtype,
+    )
+
+
+@contextlib.contextmanager
+def open_model(settings: EvaluateJob, device: str) -> Iterator[Model | ManyModels]:
+    """The model where it belongs: here when there is one device, else in actors.
+
+    Args:
+        settings: which model, how many copies, on what.
+        device: of this process, "cpu" or "cuda"; in a job on a cluster the CPU, from where actors are asked for.
+    """
+    import torch
+
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    if not on_cluster:
+        here = torch.cuda.device_count() if device == "cuda" else 0
+        copies = settings.workers or max(here, 1)
+        if copies == 1:
+            yield Model(settings, device)
+            return
+        with ray_session(int(copies * settings.cpus)), _actors(settings, copies, device == "cuda") as actors:
+            yield actors
+        return
+    import ray
+
+    there = int(ray.cluster_resources().get("GPU", 0))
+    on_gpu = settings.device == "gpu" or (settings.device == "auto" and there >= 1)
+    copies = settings.workers or max(there, 1)
+    if not on_gpu and copies == 1:
+        yield Model(settings, "cpu")
+        return
+    with _actors(settings, copies, on_gpu) as actors:
+        yield actors
+
+
+@contextlib.contextmanager
+def _actors(settings: EvaluateJob, copies: int, on_gpu: bool) -> Iterator[ManyModels]:
+    import ray
+
+    log.info("evaluate: %d copies of the model, each on a %s", copies, "GPU" if on_gpu else "CPU core")
+    options = {"num_cpus": settings.cpus, "num_gpus": 1 if on_gpu else 0, "max_restarts": _MOST_LOST}
+    kind = ray.remote(ModelActor).options(**options)
+    actors = [kind.remote(settings, "cuda" if on_gpu else "cpu") for _ in range(copies)]
+    try:
+        yield ManyModels(actors)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+class ModelActor:
+    """A copy of the model that stays loaded."""
+
+    def __init__(self, settings: EvaluateJob, device: str) -> None:
+        self.model = Model(settings, device)
+
+    def facts(self) -> Facts:
+        """Of the model."""
+        return self.model.facts()
+
+    def validation(self, workspace: str, samples: int, batch: int) -> dict[str, float]:
+        """The validation loss."""
+        return self.model.validation(workspace, samples, batch)
+
+    def work(self, kind: str, requests: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
+        """What the method ``kind`` of the model gives, several results at a time."""
+        ready, told = [], time.monotonic()
+        for result in getattr(self.model, kind)(requests):
+            ready.append(result)
+            if time.monotonic() - told > _REPLY_EVERY:
+                yield ready
+                ready, told = [], time.monotonic()
+        if ready:
+            yield ready
+
+
+class ManyModels:
+    """Copies of one model in actors, which take the next items whenever they are done with theirs.
+
+    An actor that is lost is started again by Ray; what it had not answered is asked again, of whoever is free.
+    """
+
+    def __init__(self, actors: list[Any]) -> None:
+        self.actors = actors
+
+    def facts(self) -> Facts:
+        """Of the model."""
+        import ray
+
+        return ray.get(self.actors[0].facts.remote())
+
+    def validation(self, workspace: str, samples: int, batch: int) -> dict[str, float]:
+        """The validation loss, of one of them."""
+        import ray
+
+        return ray.get(self.actors[0].validation.remote(workspace, samples, batch))
+
+    def log_likelihoods(self, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """As of ``Workers``."""
+        return self._spread("log_likelihoods", requests)
+
+    def generate(self, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """As of ``Workers``."""
+        return self._spread("generate", requests)
+
+    def _spread(self, kind: str, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        # Texts are long, and an engine is empty towards the end of a share: so each gets a single one of them.
+        share = _Share(len(requests), len(self.actors), shrink=kind == "log_likelihoods")
+        results: queue.SimpleQueue = queue.SimpleQueue()
+        threads = [
+            threading.Thread(target=_feed, args=(actor, kind, requests, share, results), daemon=True)
+            for actor in self.actors
+        ]
+        for thread in threads:
+            thread.start()
+        at_work, errors, missing = len(threads), [], len(requests)
+        try:
+            while at_work and missing:
+                found = results.get()
+                if isinstance(found, list):
+                    missing -= len(found)
+                    yield from found
+                else:
+                    at_work -= 1
+                    errors += [found] if found is not None else []
+        finally:
+            share.close()  # also when nobody wants the rest
+        if missing:
+            raise errors[-1]
+
+
+class _Share:
+    """Which items are nobody's yet. Neighbours stay together, since they often begin alike.
+
+    Args:
+        items: their number.
+        actors: that take them.
+        shrink: shares get smaller to the end, so that all end together; else all are equal.
+    """
+
+    def __init__(self, items: int, actors: int, *, shrink: bool) -> None:
+        self.changed = threading.Condition()
+        self.smallest = _SMALLEST if shrink else math.ceil(items / actors)
+        self.parts = 2 * actors
+        self.left = [range(items)] if items else []
+        self.held = 0  # shares that somebody has
+        self.closed = False
+
+    def take(self) -> range | None:
+        """The next items, None when there are none left and none will come back; waits while some might."""
+        with self.changed:
+            while not self.left and self.held and not self.closed:
+                self.changed.wait()
+            if not self.left or self.closed:
+                return None
+            first = self.left.pop()
+            size = max(self.smallest, (len(first) + sum(map(len, self.left))) // self.parts)
+            if first[size:]:
+                self.left.append(first[size:])
+            self.held += 1
+            return first[:size]
+
+    def give_back(self, items: Sequence[int]) -> None:
+        """A share is done with, except for these items."""
+        with self.changed:
+            self.held -= 1
+            self.left += [range(item, item + 1) for item in items]
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody takes any more."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+
+def _feed(actor: Any, kind: str, requests: Sequence[Any], share: _Share, results: queue.SimpleQueue) -> None:
+    """Have one actor work; puts lists of results, and at the end None, or the error that it ended with."""
+    import ray
+    from ray.exceptions import RayActorError
+
+    lost, error = 0, None
+    while error is None and (items := share.take()) is not None:
+        left = dict.fromkeys(items)
+        try:
+            replies = actor.work.options(num_returns="streaming").remote(kind, [requests[item] for item in items])
+            for reply in replies:
+                answers = [(items[place], value) for place, value in ray.get(reply)]
+                for item, _ in answers:
+                    del left[item]
+                results.put(answers)
+        except RayActorError as failure:
+            lost += 1
+            log.warning("evaluate: a copy of the model was lost; %d items are asked again", len(left))
+            error = failure if lost > _MOST_LOST else None
+        except Exception as failure:
+            error = failure
+        share.give_back(list(left))
+    results.put(error)
