@@ -85,6 +85,8 @@ class Sampling:
     """Of the draws."""
     stop: frozenset[int] = frozenset()
     """Ids that end the text."""
+    top: int = 0
+    """Likeliest ids that are told beside each token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +98,14 @@ class Token:
         token: its id; None for one that ends the text.
         log_probability: of the token given those before it; temperature and nucleus play no part in it.
         finished: "stop" after an id that ends the text, "length" with the last of max_new_tokens, else None.
+        top: as many of the likeliest ids in its place as were asked for, and their log-probabilities.
     """
 
     request: int
     token: int | None
     log_probability: float
     finished: Literal["stop", "length"] | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class _Request:
@@ -278,6 +282,7 @@ class Engine:
         log_probabilities = logits.gather(1, best[:, None])[:, 0].float() - normalizers
         # together, so that the device is waited for once
         ids, values = torch.stack([best.double(), log_probabilities.double()]).tolist()
+        top = self._likeliest(requests, logits, normalizers)
         tokens, ended = [], []
         for i, (request, token, value) in enumerate(zip(requests, map(int, ids), values, strict=True)):
             request.generated += 1
@@ -287,11 +292,23 @@ class Engine:
                 finished = "stop"
             elif request.generated == request.sampling.max_new_tokens:
                 finished = "length"
-            tokens.append(Token(request.number, None if finished == "stop" else token, value, finished))
+            told = top[i][: request.sampling.top] if top else ()
+            tokens.append(Token(request.number, None if finished == "stop" else token, value, finished, told))
             if finished:
                 ended.append(row + i)
         self._remove(ended)
         return tokens
+
+    def _likeliest(
+        self, requests: list[_Request], logits: Tensor, normalizers: Tensor
+    ) -> list[tuple[tuple[int, float], ...]]:
+        """`Token.top` of each text, as many as the one that asks for most; nothing when none asks."""
+        most = max(r.sampling.top for r in requests)
+        if not most:
+            return []
+        values, ids = logits.float().topk(most)
+        values = values - normalizers[:, None]
+        return [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
 
     def _remove(self, rows: list[int]) -> None:
         """Free rows; the last active ones move there, so that the active are the first."""
