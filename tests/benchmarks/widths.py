@@ -7,6 +7,10 @@ parametrization and once with base_width at the smallest width (`models.widths`)
 apart around that of `--lr`. Prints a table of losses in nats a byte, the mean of the last tenth of the steps, and where
 each row has its lowest. With muP the lowest should stay in its column.
 
+On an H100, `--device cuda --widths 128 256 512 1024 --steps 300 --batch 16 --factor 2 --around 5`: lowest at 0.002,
+0.00098, 0.00098 and 0.00049 in the standard parametrization (losses 1.933, 1.797, 1.756, 1.680), at 0.002 for all four
+with base_width 128 (1.933, 1.893, 1.835, 1.809).
+
 On a CPU, 80 steps, factors of 4 between learning rates: lowest at 0.031, 0.0078 and 0.0078 for widths 32, 64 and 128 in
 the standard parametrization (AdamW); at 0.031 for all three with base_width 32. Muon: at 0.031 in both, but in the
 standard parametrization the rates on either side change places (0.0078 is as good at width 128), with base_width 32
