@@ -41,8 +41,8 @@ _LAYER = {
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def _names(config: ModelConfig) -> dict[str, str]:
-    """Our name of every stored tensor, to theirs."""
+def exported_names(config: ModelConfig) -> dict[str, str]:
+    """Our name of every tensor that is stored, to theirs."""
     names = dict(_TOP)
     if config.tied_embeddings:
         del names["output.weight"]
@@ -101,7 +101,7 @@ def weight_files(
 
     One file's tensors at a time are copied.
     """
-    names = _names(config)
+    names = exported_names(config)
     missing = sorted(names.keys() - state_dict.keys())
     if missing:
         raise ValueError(f"the weights lack {missing[0]} and {len(missing) - 1} others that the model's shape asks for")
@@ -276,7 +276,7 @@ class Pretrained:
         except FileNotFoundError:
             self.files = ["model.safetensors"]
         stored = {tensor.name: tensor for file in self.files for tensor in self._tensors(file)}
-        names = _names(self.config)
+        names = exported_names(self.config)
         missing = sorted(set(names.values()) - stored.keys())
         if missing:
             raise ValueError(

@@ -99,14 +99,24 @@ def rotary_table(head_dim: int, length: int, theta: float, scaling: RopeScaling 
         (2, length, head_dim / 2), fp32: cosines, then sines, of position · theta^(-2i / head_dim), or of what `scaling`
         makes of these frequencies.
     """
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    frequencies = _frequencies(head_dim, theta)
     if scaling is not None:
-        frequencies = stretched(frequencies, scaling)
+        frequencies = _stretched(frequencies, scaling)
     angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+def frequency_factors(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """What `scaling` divides each rotary frequency by, (head_dim / 2,), fp32."""
+    frequencies = _frequencies(head_dim, theta)
+    return frequencies / _stretched(frequencies, scaling)
+
+
+def _frequencies(head_dim: int, theta: float) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
+def _stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Rotary frequencies for longer sequences, as Llama 3.1 has them (Grattafiori et al. 2024, section 3.4.2)."""
     length, low, high = scaling.original_max_seq_len, scaling.low_freq_factor, scaling.high_freq_factor
     wavelengths = 2 * math.pi / frequencies
