@@ -31,6 +31,7 @@ JOBS = {
     "ladder": ("LadderJob", "predict a big run from small ones; also called `tune ladder`"),
     "evaluate": ("EvaluateJob", "score a trained run"),
     "generate": ("GenerateJob", "continue a text"),
+    "serve": ("ServeJob", "answer requests over HTTP as OpenAI does, with a page to try it"),
     "export": ("ExportJob", "write a folder that transformers loads"),
     "report": ("ReportJob", "draw a run as one HTML page"),
 }
@@ -226,6 +227,6 @@ def job_section(recipe: Any, job: str) -> Any:
         section.setdefault("pretrain", training)
     if job == "flow":
         section |= {step: recipe[step] or {} for step in FLOW if step in recipe}
-    if job in ("evaluate", "generate", "export", "report") and "name" in training:
+    if job in ("evaluate", "generate", "serve", "export", "report") and "name" in training:
         section.setdefault("name", training["name"])
     return section

@@ -639,6 +639,44 @@ class GenerateJob(Placed):
 
 
 @dataclass
+class ServeJob(Placed):
+    """Serve a trained model over HTTP as OpenAI's completions, with a page to try it."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets every machine in. The connection is not encrypted."""
+    port: int = 8000
+    """Port to listen at."""
+    api_key_env: str | None = None
+    """Environment variable with the key that clients have to show; null makes one up and prints it once."""
+    replicas: int = 1
+    """Copies of the model that share the requests."""
+    gpus_per_replica: float = 1.0
+    """GPUs reserved for each on GPUs: 1, or a part of one, so that small models share it."""
+    slots: int | None = None
+    """Texts that a replica continues at the same time; null takes what memory allows."""
+    length: int | None = None
+    """Longest text, prompt and continuation, in tokens; null takes the model's. Memory is slots times that."""
+    max_tokens: int | None = None
+    """What a request may ask for in each text; null takes `length`."""
+    max_texts: int = 64
+    """Prompts times `n` of a request."""
+    max_waiting: int = 256
+    """Texts that may wait at a replica for a slot; more are refused with status 429."""
+    max_request_bytes: int = 1 << 20
+    """Size of a request."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is started."""
+        Placed.validate(self)
+        for name in ("replicas", "slots", "length", "max_tokens", "max_texts", "max_request_bytes"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        require(1 <= self.port <= 65535, "port", self.port, "from 1 to 65535")
+        require(0 < self.gpus_per_replica <= 1, "gpus_per_replica", self.gpus_per_replica, "above 0 and at most 1")
+        require(self.max_waiting >= 0, "max_waiting", self.max_waiting, "at least 0")
+
+
+@dataclass
 class ExportJob(OfRun):
     """Write a trained model as a folder that `transformers` loads, and for llama.cpp; push it to a hub."""
 
