@@ -90,7 +90,7 @@ if triton is not None:
         """
         rows, n_heads, head_dim = q.shape
         n_kv_heads = keys.shape[2]
-        group, width = n_heads // n_kv_heads, triton.next_power_of_2(head_dim)
+        group, width = n_heads // n_kv_heads, max(16, triton.next_power_of_2(head_dim))
         if parts is None:
             parts = min(16, triton.next_power_of_2(triton.cdiv(_PROGRAMS, rows * n_kv_heads)))
         mixed = q.new_empty((rows, n_kv_heads, parts, group, head_dim), dtype=torch.float32)

@@ -177,16 +177,19 @@ class Decoder:
         parts: Parts = tuple(torch.compile(part, dynamic=False) for part in (_before, _between, _after))
         best = torch.compile(_best, dynamic=False)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return decode_attention(q, keys, values, self._given[1] + 1).flatten(1)
-
         def step() -> tuple[Tensor, Tensor, Tensor]:
+            lengths = self._given[1] + 1
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+                return decode_attention(q, keys, values, lengths).flatten(1)
+
             return best(self._head(self._blocks(*self._given, attend, parts)))
 
         self._given[2] = torch.arange(self.rows, device=self.device) * self.places + self.length
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):  # what is compiled and chosen at first use is not to be recorded
+        # what is compiled and chosen at first use is not to be recorded; each engine of a process is a compilation more
+        with torch.cuda.stream(stream), torch._dynamo.config.patch(recompile_limit=1000):
             for _ in range(3):
                 step()
         torch.cuda.current_stream(self.device).wait_stream(stream)
