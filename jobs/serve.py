@@ -112,7 +112,7 @@ def run(settings: ServeJob) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         _check_port(settings)
     ended = threading.Event()
-    with ray_session(), serving(settings, key) as url:
+    with ray_session(dashboard=True), serving(settings, key) as url:  # which also has the metrics
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
         log.info("serve: %s answers at %s/v1/completions, a page to try it is at %s", _name(settings), url, url)

@@ -205,7 +205,9 @@ class Api:
             return HTMLResponse(self.page, headers={"Content-Security-Policy": _PAGE_POLICY})
         if path == "/health" and method == "GET":
             failed = self.batcher.failure is not None
-            return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
+            engine = self.batcher.engine
+            load = {"active": engine.active, "waiting": engine.waiting, "slots": engine.slots}
+            return JSONResponse({"status": "failed" if failed else "ok", **load}, 503 if failed else 200)
         if not path.startswith("/v1/"):
             raise ApiError(404, f"there is nothing at {path}")
         self._authorize(request.headers.get("authorization", ""))
