@@ -8,19 +8,18 @@ lengths.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.attention import causal_attention
 from models.decode_attention import decode_attention
 from models.transformer import Linear, Transformer
 
-# of those that take a mask, the one that holds no matrix of all pairs comes first
-_MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Without cuDNN's, which prepares itself for each new length anew. The second takes masks, the last everything.
+_CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """From queries, keys and values of these tokens, (N, heads, head_dim), and a layer's cache of keys and of values, to
@@ -50,6 +49,7 @@ class Decoder:
         model: on any device, not sharded.
         rows: texts there is room for.
         length: tokens there is room for in each.
+        vocab_size: ids that have logits; None is all.
         compiled: compile a step and record it as a CUDA graph, which takes some ten seconds at the first one.
 
     Attributes:
@@ -57,7 +57,7 @@ class Decoder:
             belongs nowhere.
     """
 
-    def __init__(self, model: Transformer, rows: int, length: int, compiled: bool):
+    def __init__(self, model: Transformer, rows: int, length: int, vocab_size: int | None, compiled: bool):
         config = model.config
         weight = model.tok_embeddings.weight
         self.device, self.dtype = weight.device, model.compute_dtype or weight.dtype
@@ -69,7 +69,9 @@ class Decoder:
             self.norm = model.norm.weight.detach().float()
             self.embedding = weight.detach().to(self.dtype)
             tied = model.output.weight is weight
-            self.output = self.embedding if tied else model.output.weight.detach().to(self.dtype)
+            output = self.embedding if tied else model.output.weight.detach().to(self.dtype)
+            self.vocab_size = min(vocab_size or len(output), len(output))
+            self.output = output[: -(-self.vocab_size // 64) * 64]  # matrix products want even sizes
             cos, sin = model.rotary[:, :length]
             # of both halves of a head, with the sign that a half gets when they are exchanged
             self.cos, self.sin = torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
@@ -98,13 +100,16 @@ class Decoder:
         for layer in self.cache:  # one at a time: what is copied is held twice in between
             layer[:, row : row + len(sources), :length] = layer[:, sources, :length]
 
-    def prompt(self, tokens: list[list[int]], row: int, starts: list[int]) -> Tensor:
-        """Read several texts' next tokens, filling the cache, and give the logits after each, (texts, vocab).
+    def prompt(self, tokens: list[list[int]], row: int, starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Read several texts' next tokens, filling the cache.
 
         Args:
             tokens: of each text, at least one; that of the first goes to row `row`, and so on.
             row: of the first.
             starts: tokens that each row holds before these.
+
+        Returns:
+            As `step`, after the last token of each.
         """
         sizes = [len(t) for t in tokens]
         longest, texts = max(sizes), len(tokens)
@@ -121,7 +126,7 @@ class Decoder:
         attend = _attend_cached(row, texts, stop, positions, self) if cached else _attend_causally(texts)
         x = self._blocks(padded.flatten(), positions.flatten(), places.flatten(), attend)
         last = torch.tensor([i * longest + n - 1 for i, n in enumerate(sizes)], device=self.device)
-        return self._head(x[last])
+        return _best(self._head(x[last]))
 
     def step(self, tokens: list[int], lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Read one more token of each of the first rows, filling the cache.
@@ -169,7 +174,7 @@ class Decoder:
         x = _rms_norm(x, self.norm, self.eps)
         if self.output_multiplier != 1:  # muP
             x = x * self.output_multiplier
-        return F.linear(x, self.output)
+        return F.linear(x, self.output)[:, : self.vocab_size]
 
     def _record(self) -> None:
         """Compile a step of all rows, and record it as a graph."""
@@ -281,12 +286,20 @@ def _best(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, logits.argmax(-1), logits.float().logsumexp(-1)
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with sdpa_kernel(_CUDA_BACKENDS, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
 def _attend_causally(texts: int) -> Attend:
     """Attention of texts to themselves alone, padded at their ends to the same length."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q, k, v = (x.unflatten(0, (texts, -1)).transpose(1, 2) for x in (q, k, v))
-        return causal_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+        out = _attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
     return attend
 
@@ -313,11 +326,7 @@ def _attend_cached(row: int, texts: int, stop: int, positions: Tensor | None, de
     def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q = q.view(texts, -1, k.shape[1], group, q.shape[2]).permute(0, 2, 3, 1, 4)
         keys, values = (x[row : row + texts, :stop].transpose(1, 2) for x in (keys, values))
-        if q.is_cuda:
-            with sdpa_kernel(_MASKED, set_priority=True):
-                out = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)
-        else:
-            out = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)
+        out = _attention(q.flatten(2, 3), keys, values, attn_mask=mask)
         return out.unflatten(2, q.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
 
     return attend

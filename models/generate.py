@@ -153,8 +153,8 @@ class Engine:
         on_cuda = model.tok_embeddings.weight.is_cuda
         if compiled and not on_cuda:
             raise ValueError("compiled is True, but can be so on CUDA alone")
-        self.slots, self.length, self.vocab_size = slots, length, vocab_size
-        self._decoder = Decoder(model, slots, length, on_cuda if compiled is None else compiled)
+        self.slots, self.length = slots, length
+        self._decoder = Decoder(model, slots, length, vocab_size, on_cuda if compiled is None else compiled)
         self._together = _TOGETHER["cuda" if on_cuda else "cpu"]
         self._waiting: deque[_Request] = deque()
         self._active: list[_Request] = []  # in the order of their rows in the cache
@@ -196,20 +196,24 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Read prompts where there are free slots, and give one more token of each text (of a new one, two)."""
+        """Read prompts where there are free slots, and give one more token of each text (of a new one, two).
+
+        While texts are under way, prompts are read in one pass at most, so that they do not wait long.
+        """
         tokens: list[Token] = []
+        others_wait = bool(self._active)
         while group := self._admitted():
             tokens += self._read(*group)
-        if self._active:
-            rows = len(self._active)
-            logits, best, normalizers = self._decoder.step(
-                [r.last for r in self._active], self._lengths[:rows].tolist()
-            )
-            for row, request in enumerate(self._active):
-                self._held[row, self._lengths[row]] = request.last
-            self._lengths[:rows] += 1
-            tokens += self._chosen(0, logits[:rows], best[:rows], normalizers[:rows])
-        return tokens
+            if others_wait:
+                break
+        if not self._active:
+            return tokens
+        rows = np.arange(len(self._active))
+        last, lengths = [r.last for r in self._active], self._lengths[rows]
+        results = self._decoder.step(last, lengths.tolist())
+        self._held[rows, lengths] = last
+        self._lengths[rows] += 1
+        return tokens + self._chosen(0, *(result[: len(rows)] for result in results))
 
     def _admitted(self) -> tuple[list[_Request], list[int], list[int]] | None:
         """Texts to read together: with the row that each one's beginning is in, and the length of that beginning."""
@@ -258,18 +262,14 @@ class Engine:
         row = len(self._active)
         if any(source != row + i for i, source in enumerate(sources)):
             self._decoder.copy(sources, row, max(starts))
-        logits = self._decoder.prompt(
-            [r.prompt[start:].tolist() for r, start in zip(group, starts, strict=True)], row, starts
-        )
+        fresh = [r.prompt[start:].tolist() for r, start in zip(group, starts, strict=True)]
+        results = self._decoder.prompt(fresh, row, starts)
         self._active += group
-        return self._chosen(row, logits, None, None)
+        return self._chosen(row, *results)
 
-    def _chosen(self, row: int, logits: Tensor, best: Tensor | None, normalizers: Tensor | None) -> list[Token]:
+    def _chosen(self, row: int, logits: Tensor, best: Tensor, normalizers: Tensor) -> list[Token]:
         """Choose a token for the texts from this row on, and let go of those that end."""
         requests = self._active[row:]
-        if best is None or self.vocab_size is not None:
-            logits = logits[:, : self.vocab_size]
-            best, normalizers = logits.argmax(-1), logits.float().logsumexp(-1)
         drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0]
         if drawn:
             settings = [
@@ -325,7 +325,7 @@ class Engine:
 def slots_that_fit(model: Transformer, length: int, most: int | None = None) -> int:
     """How many texts of `length` tokens to continue at once: on CUDA as half of the free memory holds, up to 128.
 
-    On the CPU 8: more at a time gain little there, as a core has little to do but to multiply matrices.
+    On the CPU 16: more at a time gain little there, as a core has little to do but to multiply matrices.
 
     Args:
         model: where it is going to be used.
@@ -334,7 +334,7 @@ def slots_that_fit(model: Transformer, length: int, most: int | None = None) -> 
     """
     device = model.tok_embeddings.weight.device
     if device.type != "cuda":
-        return min(8, most or 8)
+        return min(16, most or 16)
     config, dtype = model.config, model.compute_dtype or model.tok_embeddings.weight.dtype
     text = 2 * config.n_layers * config.n_kv_heads * config.head_dim * length * dtype.itemsize
     return max(1, min(most or 128, 128, int(torch.cuda.mem_get_info(device)[0] / 2 / text)))
