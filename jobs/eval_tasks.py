@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import difflib
+import functools
 import gzip
 import io
 import json
@@ -17,7 +18,6 @@ from unittest import mock
 
 import evaluate as hf_evaluate
 from datasets import Dataset, DatasetDict
-from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
@@ -38,7 +38,7 @@ class Tasks(TaskManager):
     """
 
     def __init__(self, data_dir: str | None = None, code: CodeEval | None = None) -> None:
-        super().__init__()
+        vars(self).update(vars(_scanned()))
         self.data_dir, self.code = data_dir, code or CodeEval(allowed=False)
         self._loaded: dict[tuple[str, ...], Any] = {}
 
@@ -63,18 +63,15 @@ class Tasks(TaskManager):
         return self._loaded[names]
 
 
+@functools.lru_cache(maxsize=1)
+def _scanned() -> TaskManager:
+    """The harness's manager, which reads some 15,000 descriptions of tasks: several seconds."""
+    return TaskManager()
+
+
 def _like(name: str, tasks: TaskManager) -> str:
     near = difflib.get_close_matches(name, tasks.all_tasks, n=3)
     return f"; near are {', '.join(near)}" if near else ""
-
-
-def subtasks(loaded: Any) -> dict[str, list[str]]:
-    """The names below each group that ``Tasks.load`` gave, in their order."""
-    return {name: _names(group) for name, group in loaded.get("groups", {}).items()}
-
-
-def _names(group: Group) -> list[str]:
-    return [member.name if isinstance(member, Group) else member.task_name for member in group]
 
 
 # Data

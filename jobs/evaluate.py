@@ -72,12 +72,24 @@ def _one(settings: EvaluateJob) -> dict[str, Any]:
             return before
     # Where copies of the model are asked for, this only prepares and counts: it takes no GPU itself.
     device = "cpu" if settings.task_names() and os.environ.get("RAY_ADDRESS") else settings.device
-    results = place(score, settings, sys.stdout.write, device, settings.cpus)
-    results["made_of"] = made_of
+    return keep(place(score, settings, sys.stdout.write, device, settings.cpus) | {"made_of": made_of})
+
+
+def keep(results: dict[str, Any]) -> dict[str, Any]:
+    """Write the results of ``score`` into the folder of their checkpoint, and as the newest; returns what was written.
+
+    What was measured of the same weights before stays beside it.
+    """
     folder = results.pop("folder")
-    for uri in {storage.join(folder, step_folder(results["step"]), RESULTS), storage.join(folder, RESULTS)}:
+    own = storage.join(folder, step_folder(results["step"]))
+    before = storage.json_if_there(storage.join(own, RESULTS)) or {}
+    if before.get("fingerprint") == results["fingerprint"]:
+        again = {row["task"] for row in results.get("scores", [])}
+        scores = [row for row in before.get("scores", []) if row["task"] not in again] + results.get("scores", [])
+        results = {k: v for k, v in before.items() if k.startswith("validation_")} | results | {"scores": scores}
+    for uri in {storage.join(own, RESULTS), storage.join(folder, RESULTS)}:
         storage.write_json(uri, results)
-    log.info("evaluate: results are in %s", storage.join(folder, step_folder(results["step"])))
+    log.info("evaluate: results are in %s", own)
     return results
 
 
@@ -97,7 +109,7 @@ def _made_of(settings: EvaluateJob) -> dict[str, Any]:
     measured = [field.name for field in dataclasses.fields(Scoring)] + ["validation_samples"]
     made_of = {
         "checkpoint": [entry.step, entry.time, run_fingerprint(settings)],
-        "settings": {name: getattr(settings, name) for name in measured},
+        "settings": {name: getattr(settings, name) for name in measured} | {"tasks": settings.task_names()},
         "version": ingot_version(),
     }
     if settings.validation_samples:
@@ -124,7 +136,7 @@ def score(settings: EvaluateJob, device: str, write: Write) -> dict[str, Any]:
         # Other models may be called alike.
         own = known.name if known.step is not None else f"{known.name}-{known.fingerprint[:8]}"
         folder = evals_folder(settings.workspace, own)
-        results: dict[str, Any] = {"name": known.name, "step": known.step, "folder": folder}
+        results: dict[str, Any] = {"name": known.name, "step": known.step, "fingerprint": known.fingerprint}
         if settings.validation_samples and settings.model is None:
             results |= model.validation(settings.workspace, settings.validation_samples, settings.batch)
             log.info(
@@ -138,4 +150,4 @@ def score(settings: EvaluateJob, device: str, write: Write) -> dict[str, Any]:
             scored = harness.run(model, known, folder, step_folder(known.step))
             write(scored.pop("table"))
             results |= scored
-    return results | {"time": time.time()}
+    return results | {"folder": folder, "time": time.time()}
