@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ingot")
 
 _IDLE_SECONDS = 1.0  # how often an idle thread tells that it is
+# tokens of a text that come within it are told together: an event for each would cost more than many a model's step
+_TOGETHER_SECONDS = 0.03
 
 
 class Asking:
@@ -35,13 +37,18 @@ class Asking:
 
     async def tokens(self) -> AsyncIterator[list[tuple[int, Token]]]:
         """All that came since the last time, as it comes, without an end."""
+        told = 0.0
         while True:
             batch = await self.events.get()
+            early = told + _TOGETHER_SECONDS - self.loop.time()
+            if early > 0 and isinstance(batch, list) and not any(token.finished for _, token in batch):
+                await asyncio.sleep(early)
             while not self.events.empty() and not isinstance(batch, Exception):
                 more = self.events.get_nowait()
                 batch = more if isinstance(more, Exception) else batch + more
             if isinstance(batch, Exception):
                 raise RuntimeError("the model failed") from batch  # noqa: TRY004 - an event, not an argument
+            told = self.loop.time()
             yield batch
 
 
