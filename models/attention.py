@@ -1,4 +1,4 @@
-"""Causal scaled-dot-product attention: for training, within packed documents, and for generation with a cache.
+"""Causal scaled-dot-product attention, also within packed documents.
 
 The training path passes `is_causal` and no mask, because an explicit mask shuts out the flash and cuDNN kernels. On
 Hopper, FlashAttention-4's kernels (Dao et al., the package flash-attn-4) are used where they are installed: forward and
@@ -130,10 +130,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None 
     """Attention of each query to the keys up to its own position.
 
     Args:
-        q: queries, (batch, n_heads, T, head_dim); they are the last T of the S positions.
-        k: keys, (batch, n_kv_heads, S, head_dim), S >= T.
+        q: queries, (batch, n_heads, T, head_dim).
+        k: keys, (batch, n_kv_heads, T, head_dim).
         v: values, as k. With n_kv_heads < n_heads, each serves n_heads / n_kv_heads neighbouring query heads.
-        mask: of `document_mask`, for S = T; None is all keys up to the query.
+        mask: of `document_mask`; None is all keys up to the query.
 
     Returns:
         (batch, n_heads, T, head_dim), dtype of q.
@@ -143,20 +143,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None 
         return _flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-    if q.shape[2] == k.shape[2] and flash_4_serves(q.device, q.dtype, q.shape[3]):
+    if flash_4_serves(q.device, q.dtype, q.shape[3]):
         return _flash_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))[0].transpose(1, 2)
     if q.is_cuda:
         with sdpa_kernel(_CUDA_BACKENDS, set_priority=True):
-            return _attend(q, k, v, gqa)
-    return _attend(q, k, v, gqa)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> Tensor:
-    n_queries, n_keys = q.shape[2], k.shape[2]
-    if n_queries == n_keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    if n_queries == 1:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
-    # is_causal aligns at the top left; a cached prefix needs the bottom right
-    mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.config import ModelConfig
 from models.decoder import Decoder
 from models.transformer import Transformer
 
@@ -18,57 +17,6 @@ from models.transformer import Transformer
 _TOGETHER = {"cuda": 16384, "cpu": 1024}
 # a shorter common beginning is read again rather than copied
 _SHORTEST_PREFIX = 16
-
-
-class LayerCache:
-    """Keys and values of one layer, in memory that is allocated once.
-
-    Args:
-        shape: (batch, n_kv_heads, longest length, head_dim).
-        device: where the model is.
-        dtype: what the model's attention computes in.
-    """
-
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values, (batch, n_kv_heads, T, head_dim), and return all so far."""
-        stop = self.length + keys.shape[2]
-        self.keys[:, :, self.length : stop] = keys
-        self.values[:, :, self.length : stop] = values
-        self.length = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
-
-
-class KVCache:
-    """What attention needs of the tokens that a model has seen: 2 · n_layers · n_kv_heads · head_dim numbers each.
-
-    Args:
-        config: shape of the model.
-        batch: sequences that are generated together.
-        length: tokens there is room for.
-        device: where the model is.
-        dtype: what the model computes in.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        length: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):
-        shape = (batch, config.n_kv_heads, length, config.head_dim)
-        self.layers = [LayerCache(shape, torch.device(device), dtype) for _ in range(config.n_layers)]
-
-    @property
-    def length(self) -> int:
-        """Tokens seen so far."""
-        return self.layers[0].length
 
 
 @dataclass(frozen=True)

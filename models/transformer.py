@@ -21,7 +21,6 @@ from models.loss import Reduction, cross_entropy
 from models.widths import initial_std, output_multiplier
 
 if TYPE_CHECKING:
-    from models.generate import KVCache, LayerCache
     from models.hugging_face import StoredTensor
 
 
@@ -157,11 +156,10 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: Tensor,
-        cache: "LayerCache | None" = None,
         mask: DocumentMask | None = None,
         length: Tensor | None = None,
     ) -> Tensor:
-        """Attend within x, (B, T, d_model), where `mask` allows it, and to what `cache` holds.
+        """Attend within x, (B, T, d_model), where `mask` allows it.
 
         With `length`, which the rows of x do not exceed, matrix products are in fp8.
         """
@@ -181,8 +179,6 @@ class Attention(nn.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(k, v)
         mixed = self.attend(q, k, v, mask).transpose(1, 2).flatten(2)
         if length is None:
             return joined(mixed, self.w_o) if joinable(mixed, self.w_o) else self.w_o(mixed)
@@ -224,7 +220,6 @@ class Block(nn.Module):
         x: Tensor,
         delta: Tensor,
         rotary: Tensor,
-        cache: "LayerCache | None" = None,
         mask: DocumentMask | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Map the residual stream, which is x + delta, (B, T, d_model) each, to one of the same form.
@@ -235,7 +230,7 @@ class Block(nn.Module):
         in_float8 = self.float8 and torch.is_grad_enabled()
         lengths = [float8.length_bound(n.weight) if in_float8 else None for n in (self.attention_norm, self.ffn_norm)]
         x, normed = self.attention_norm.add(x, delta)
-        x, normed = self.ffn_norm.add(x, self.attention(normed, rotary, cache, mask, lengths[0]))
+        x, normed = self.ffn_norm.add(x, self.attention(normed, rotary, mask, lengths[0]))
         return x, self.feed_forward(normed, lengths[1])
 
 
@@ -311,8 +306,6 @@ class Transformer(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
-        cache: "KVCache | None" = None,
-        positions: Tensor | None = None,
         reduction: Reduction = "mean",
         loss_chunk: int | None = None,
         start: int = 0,
@@ -327,8 +320,6 @@ class Transformer(nn.Module):
         Args:
             tokens: ids, (B, T), int64.
             targets: the token that follows each, (B, T), int64; -100 is ignored.
-            cache: keys and values of the positions before these tokens; extended by them.
-            positions: one place in each sequence, (B,), int64: logits are made of these alone.
             reduction: of the loss: "mean", "sum" or "none".
             loss_chunk: tokens whose logits exist at one time; None suits the device.
             start: position of the first token, where others come before it (context parallel).
@@ -337,16 +328,12 @@ class Transformer(nn.Module):
             token_losses: return each token's loss too, (B, T), fp32, without gradient.
 
         Returns:
-            Logits (B, T, vocab), or (B, vocab) at `positions`, in the compute dtype; or the loss in nats, fp32, a
-            scalar or (B, T) for "none"; or a pair of that and the tokens' losses.
+            Logits (B, T, vocab) in the compute dtype; or the loss in nats, fp32, a scalar or (B, T) for "none"; or a
+            pair of that and the tokens' losses.
 
         Raises:
-            ValueError: the sequence, with what is cached, is longer than max_seq_len; or both targets and positions
-                are given.
+            ValueError: the sequence is longer than max_seq_len.
         """
-        if targets is not None and positions is not None:
-            raise ValueError("positions choose logits, but with targets the loss of all positions is computed")
-        start = start if cache is None else cache.length
         stop = start + tokens.shape[1]
         if stop > self.config.max_seq_len:
             raise ValueError(f"the sequence has {stop} tokens, but model.max_seq_len is {self.config.max_seq_len}")
@@ -355,10 +342,10 @@ class Transformer(nn.Module):
         dtype = self.compute_dtype
         with torch.autocast(tokens.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             x, delta = self.embed(tokens)
-            for i, block in enumerate(self.layers):
-                x, delta = block(x, delta, rotary, None if cache is None else cache.layers[i], mask)
+            for block in self.layers:
+                x, delta = block(x, delta, rotary, mask)
             if targets is None:
-                return self.output(self.last_norm(x, delta, positions))
+                return self.output(self.last_norm(x, delta))
             loss = self.loss_of(x, delta, targets.flatten(), loss_chunk, reduction, token_losses)
         loss, *losses = loss if token_losses else (loss,)
         loss = loss.view(targets.shape) if reduction == "none" else loss
@@ -372,12 +359,10 @@ class Transformer(nn.Module):
         half = x * 0.5  # exact
         return half, x - half
 
-    def last_norm(self, x: Tensor, delta: Tensor, positions: Tensor | None = None) -> Tensor:
-        """What the output layer reads, (B, T, d_model), or (B, d_model) at one position in each sequence."""
+    def last_norm(self, x: Tensor, delta: Tensor) -> Tensor:
+        """What the output layer reads, (B, T, d_model)."""
         _, x = self.norm.add(x, delta)
-        if self.output_multiplier != 1:  # muP
-            x = x * self.output_multiplier
-        return x if positions is None else x[torch.arange(len(x), device=x.device), positions]
+        return x if self.output_multiplier == 1 else x * self.output_multiplier  # muP
 
     def loss_of(
         self, x: Tensor, delta: Tensor, targets: Tensor, chunk: int | None, reduction: Reduction, token_losses: bool

@@ -94,16 +94,6 @@ def test_loss_is_the_cross_entropy_of_the_logits(tied):
         torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, gradients)
 
 
-def test_logits_at_positions_are_those_of_the_whole():
-    model = Transformer(TINY, seed=1)
-    tokens = torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(0))
-    whole = model(tokens)
-    some = model(tokens, positions=torch.tensor([11, 0, 5]))
-    torch.testing.assert_close(some, torch.stack([whole[0, 11], whole[1, 0], whole[2, 5]]))
-    with pytest.raises(ValueError, match="positions"):
-        model(tokens, tokens, positions=torch.tensor([0, 0, 0]))
-
-
 def test_initial_weights_have_the_stated_spread_and_depend_on_the_seed_only():
     config = replace(TINY, d_model=128, d_ff=512, n_layers=8, vocab_size=2000)
     first, again, other = Transformer(config, seed=1), Transformer(config, seed=None), Transformer(config, seed=2)
