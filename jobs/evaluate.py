@@ -132,22 +132,33 @@ def score(settings: EvaluateJob, device: str, write: Write) -> dict[str, Any]:
     from jobs.eval_workers import open_model
 
     with open_model(settings, device) as model:
-        known = model.facts()
-        # Other models may be called alike.
-        own = known.name if known.step is not None else f"{known.name}-{known.fingerprint[:8]}"
-        folder = evals_folder(settings.workspace, own)
-        results: dict[str, Any] = {"name": known.name, "step": known.step, "fingerprint": known.fingerprint}
-        if settings.validation_samples and settings.model is None:
-            results |= model.validation(settings.workspace, settings.validation_samples, settings.batch)
-            log.info(
-                "evaluate: run %s at step %d, validation loss %.4f, %.4f bits per byte",
-                known.name,
-                known.step,
-                results["validation_loss"],
-                results["validation_bits_per_byte"],
-            )
-        if harness is not None:
-            scored = harness.run(model, known, folder, step_folder(known.step))
-            write(scored.pop("table"))
-            results |= scored
+        results = scored(settings, model, harness)
+    write(results.pop("table", ""))
+    return results
+
+
+def scored(settings: EvaluateJob, model: Any, harness: Any | None) -> dict[str, Any]:
+    """The results of a model that is loaded, and the folder of what is measured of it.
+
+    Args:
+        settings: which.
+        model: a ``Model`` or ``ManyModels`` of `jobs.eval_workers`.
+        harness: a ``Harness`` of `jobs.eval_harness`, None without tasks.
+    """
+    known = model.facts()
+    # Other models may be called alike.
+    own = known.name if known.step is not None else f"{known.name}-{known.fingerprint[:8]}"
+    folder = evals_folder(settings.workspace, own)
+    results: dict[str, Any] = {"name": known.name, "step": known.step, "fingerprint": known.fingerprint}
+    if settings.validation_samples and settings.model is None:
+        results |= model.validation(settings.workspace, settings.validation_samples, settings.batch)
+        log.info(
+            "evaluate: run %s at step %d, validation loss %.4f, %.4f bits per byte",
+            known.name,
+            known.step,
+            results["validation_loss"],
+            results["validation_bits_per_byte"],
+        )
+    if harness is not None:
+        results |= harness.run(model, known, folder, step_folder(known.step))
     return results | {"folder": folder, "time": time.time()}

@@ -150,6 +150,7 @@ _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "worker_failure": lambda e: f"lost {_workers(e['ranks'])}: {e['error']}",
     "controller_failure": lambda e: f"lost Ray Train's controller: {e['error']}",
     "validation_failed": lambda e: f"the checkpoint of step {e['step']:,} could not be measured: {e['error']}",
+    "scores": lambda e: f"scored {', '.join(f'{name} {score:.4f}' for name, score in e['scores'].items())}",
     "end": _end,
     "stop": lambda e: f"stopped: {e['diagnosis']}",
 }

@@ -32,7 +32,7 @@ _FREE = {
     "device", "cpus_per_worker", "gpus_per_worker", "microbatch", "compile", "checkpoint_every", "keep_checkpoints",
     "clean_after", "validate_every", "validation", "validation_gpus", "max_failures", "max_preemptions", "faults",
     "spikes", "keep_every", "keep_best", "host_snapshots", "profile", "parallelism", "recompute", "track",
-    "report_every",
+    "report_every", "evaluate",
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def run(settings: PretrainJob) -> dict[str, float]:
     opened, folder, changed = _open(settings)  # refused or done: in either case Ray need not start
     if not changed and (done := _already_done(opened, folder)):
         return done
-    beside = 1 if settings.validation == "beside" else 0
+    beside = 1 if settings.measures_beside() else 0
     with ray_session(math.ceil(settings.workers * settings.cpus_per_worker) + beside) as only_this_machine:
         if only_this_machine:
             require_gpus(settings)
@@ -164,6 +164,9 @@ def _open(settings: PretrainJob, folder_name: str | None = None) -> tuple[Pretra
     check_installed(settings.track)
     manifest, _ = check_fits(settings)
     folder = StoredRun(storage.join(settings.workspace, folder_name or f"runs/{settings.name}"))
+    if settings.evaluate.data_dir is not None:
+        scoring = dataclasses.replace(settings.evaluate, data_dir=storage.absolute(settings.evaluate.data_dir))
+        settings = dataclasses.replace(settings, evaluate=scoring)
     changed = _changes(folder, settings, manifest["fingerprint"])
     if changed and settings.on_change == "refuse":
         raise SettingsError(

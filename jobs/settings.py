@@ -78,8 +78,17 @@ class CurateJob(CurationSettings, InWorkspace):
 
 
 @dataclass
-class TokenizerJob(TokenizerSettings, InWorkspace):
-    """Train a byte-level BPE tokenizer on the curated corpus."""
+class TokenizerChoice(TokenizerSettings):
+    """Train a tokenizer, or take one that is there."""
+
+    from_model: str | None = None
+    """Take the tokenizer of a model in Hugging Face's format instead of training one: a folder, or a hub's repository
+    (OWNER/NAME, or OWNER/NAME@REVISION). `--from` for short."""
+
+
+@dataclass
+class TokenizerJob(TokenizerChoice, InWorkspace):
+    """Train a byte-level BPE tokenizer on the curated corpus, or take a model's."""
 
 
 @dataclass
@@ -151,6 +160,68 @@ class Faults:
 
 
 @dataclass
+class Scoring:
+    """Which tasks of lm_eval to score a model on, and how."""
+
+    tasks: list[str] | str = field(default_factory=list)
+    """Tasks or groups of the harness by name, such as `mmlu,gsm8k,gsm8k_cot,humaneval`."""
+    data_dir: str | None = None
+    """Folder with the data of mmlu (`mmlu/{dev,test}/SUBJECT_{dev,test}.csv`, with the columns question, choice0 to
+    choice3, and answer, 0 to 3), gsm8k (`gsm8k/{train,test}.jsonl`) and humaneval (`humaneval/HumanEval.jsonl.gz`);
+    null takes the hub's, as other tasks do."""
+    num_fewshot: dict[str, int] | int | None = None
+    """Solved examples before each question, of all tasks or by their names, such as `{mmlu: 5, gsm8k: 8}`; null takes
+    the task's own number: of mmlu none, where papers have 5. Tasks that allow none stay without."""
+    limit: int | None = None
+    """Questions of each task; null takes all."""
+    allow_code_execution: bool = False
+    """Run the programs that the model writes, in a sandbox: what humaneval and mbpp need."""
+    samples_per_problem: int | None = None
+    """Programs drawn for each problem; null takes the task's number, for humaneval a single greedy one."""
+    pass_at_k: list[int] | None = None
+    """Numbers of programs that may be tried, of which one has to pass; null takes the task's."""
+    temperature: float = 0.2
+    """Of programs where several are drawn for each problem."""
+    top_p: float = 0.95
+    """Likewise."""
+
+    def task_names(self) -> list[str]:
+        """``tasks`` as a list."""
+        names = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
+        return [name for name in map(str.strip, names) if name]
+
+    def shots(self, task: str) -> int | None:
+        """``num_fewshot`` of a task."""
+        return self.num_fewshot.get(task) if isinstance(self.num_fewshot, dict) else self.num_fewshot
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is loaded."""
+        shots = self.num_fewshot.values() if isinstance(self.num_fewshot, dict) else [self.num_fewshot or 0]
+        require(min(shots, default=0) >= 0, "num_fewshot", self.num_fewshot, "at least 0")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or null for all")
+        samples, ks = self.samples_per_problem, self.pass_at_k
+        require(samples is None or samples >= 1, "samples_per_problem", samples, "at least 1, or null")
+        fits = ks is None or (bool(ks) and min(ks) >= 1 and max(ks) <= (samples or max(ks)))
+        require(fits, "pass_at_k", ks, "numbers from 1 to samples_per_problem")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+
+
+@dataclass
+class ScoringBesideTraining(Scoring):
+    """Scores of checkpoints while training goes on."""
+
+    every_steps: int | None = None
+    """Steps between scorings, a multiple of `checkpoint_every`; needed with tasks. The last step is scored too."""
+
+    def validate(self) -> None:
+        """Raise SettingsError for what cannot work, before anything is started."""
+        super().validate()
+        needed = not self.task_names() or (self.every_steps or 0) >= 1
+        require(needed, "every_steps", self.every_steps, "at least 1 with tasks")
+
+
+@dataclass
 class PretrainJob(InWorkspace):
     """Pretrain a transformer on token shards with Ray Train, recovering by itself."""
 
@@ -160,6 +231,10 @@ class PretrainJob(InWorkspace):
     """When the run of this name was started with other settings or tokens: refuse, or delete it and start anew."""
     model: ModelSettings = field(default_factory=ModelSettings)
     """Shape of the model."""
+    init_from: str | None = None
+    """Go on from a model in Llama format: a folder, such as an export, or a hub's repository (OWNER/NAME, or
+    OWNER/NAME@REVISION). It gives shape and weights; its tokenizer has to be the workspace's, for which there is
+    `ingot tokenizer --from`. null starts from random weights."""
     steps: int = 1000
     """Optimizer steps."""
     global_batch: int = 64
@@ -230,7 +305,10 @@ class PretrainJob(InWorkspace):
     """within: the workers stop training to validate. beside: a task of its own measures checkpoints, on one CPU core
     and `validation_gpus`, while training goes on; without a free core it waits until training ends."""
     validation_gpus: float = 0.0
-    """GPUs of a validation beside training."""
+    """GPUs of a validation beside training, and of `evaluate`."""
+    evaluate: ScoringBesideTraining = field(default_factory=ScoringBesideTraining)
+    """Tasks to score checkpoints on, such as `{tasks: mmlu, every_steps: 1000, limit: 50}`, in a task beside training
+    on one CPU core and `validation_gpus`; what fails there is told and costs the run nothing."""
     max_failures: int = 3
     """Restarts of the workers after a crash before the job gives up; -1 for no limit."""
     max_preemptions: int = -1
@@ -270,6 +348,9 @@ class PretrainJob(InWorkspace):
             self.validate_every,
             f"a multiple of checkpoint_every, {self.checkpoint_every}, whose checkpoints are measured beside training",
         )
+        every = self.evaluate.every_steps
+        saved = not self.evaluate.task_names() or every is None or every % self.checkpoint_every == 0
+        require(saved, "evaluate.every_steps", every, f"a multiple of checkpoint_every, {self.checkpoint_every}")
         require(bool(self.name) and "/" not in self.name, "name", self.name, "a folder's name without a slash")
         require(self.microbatch is None or self.microbatch >= 1, "microbatch", self.microbatch, "at least 1, or null")
         require(
@@ -294,7 +375,6 @@ class PretrainJob(InWorkspace):
             poison,
             "a range such as [200, 206]",
         )
-        config = self.model.config(256, self.sequence_length or longest)
         require(0 <= self.recompute <= 1, "recompute", self.recompute, "from 0 to 1")
         require(self.z_loss >= 0, "z_loss", self.z_loss, "at least 0")
         require(self.host_snapshots >= 0, "host_snapshots", self.host_snapshots, "at least 0")
@@ -313,11 +393,34 @@ class PretrainJob(InWorkspace):
         require(not (split and self.mask_documents), "mask_documents", True, "false with context_parallel above 1")
         fp8 = self.precision == "fp8" and self.parallelism.tensor_parallel > 1
         require(not fp8, "precision", self.precision, "bf16 or fp32 with tensor_parallel above 1")
+        if self.init_from is None:
+            self.check_parallelism(self.model.config(256, self.sequence_length or longest))
+            return
+        own = self.model == ModelSettings()
+        require(own, "model", self.model, "left as it is with init_from, which gives the shape")
+        given = self.sequence_length is not None
+        require(given, "sequence_length", None, "given with init_from: its model may know longer ones than are needed")
+
+    def check_parallelism(self, config: ModelConfig) -> None:
+        """Raise SettingsError unless a model of this shape can be laid out over the workers."""
         for workers in {self.workers, self.fewest_workers()}:
             try:
                 self.parallelism.check(workers, config, self.length())
             except ValueError as error:
                 raise SettingsError(str(error)) from None
+
+    def measures_beside(self) -> bool:
+        """Whether checkpoints are measured by a task of its own beside training."""
+        return self.validation == "beside" or bool(self.evaluate.task_names())
+
+    def losses_due(self, step: int) -> bool:
+        """Whether the validation loss of a step's checkpoint is measured beside training."""
+        return self.validation == "beside" and (step % self.validate_every == 0 or step == self.steps)
+
+    def scores_due(self, step: int) -> bool:
+        """Whether a step's checkpoint is scored on tasks, beside training."""
+        every = self.evaluate.every_steps
+        return bool(self.evaluate.task_names()) and every is not None and (step % every == 0 or step == self.steps)
 
     def data_batch(self) -> int:
         """Sequences in a data step, the unit in which data is counted: what all sizes of the batch are multiples of."""
@@ -331,9 +434,9 @@ class PretrainJob(InWorkspace):
         """Workers that the run needs at least."""
         return self.workers if self.min_workers is None else self.min_workers
 
-    def worker_counts(self) -> list[int]:
-        """Numbers of workers that the run can have, rising."""
-        config, counts = self.model.config(256, self.length()), []
+    def worker_counts(self, config: ModelConfig | None = None) -> list[int]:
+        """Numbers of workers that the run can have, rising; ``config`` is the shape where ``model`` does not say."""
+        config, counts = config or self.model.config(256, self.length()), []
         for workers in range(self.fewest_workers(), self.workers + 1):
             with contextlib.suppress(ValueError):
                 self.parallelism.check(workers, config, self.length())
@@ -441,6 +544,8 @@ class TuneJob(InWorkspace):
         # Trials are compared as they report, which losses that come later would miss.
         measured = self.pretrain.validation
         require(measured == "within", "pretrain.validation", measured, "within, for trials to be compared by it")
+        tasks = self.pretrain.evaluate.tasks
+        require(not tasks, "pretrain.evaluate.tasks", tasks, "empty: trials are compared by their validation loss")
         require(self.reduction_factor >= 2, "reduction_factor", self.reduction_factor, "at least 2")
         if self.scheduler == "pbt":
             require(self.search == "random", "search", self.search, "random with pbt, which searches by itself")
@@ -457,6 +562,8 @@ class TuneJob(InWorkspace):
         if self.transfer_to is not None:
             shapes = [name for name in before if name.startswith("model.")]
             require(not shapes, "space", shapes, "without the model's shape, which transfer_to widens")
+            taken = self.pretrain.init_from
+            require(taken is None, "pretrain.init_from", taken, "null with transfer_to, which widens random weights")
             self._check_transfer(self.transfer_to)
 
     def _check_transfer(self, target: ModelSettings) -> None:
@@ -522,56 +629,12 @@ class LadderJob(InWorkspace):
         for name in ("gpu_hours", "flops_per_second"):
             require(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "above 0")
         require(self.concurrent is None or self.concurrent >= 1, "concurrent", self.concurrent, "at least 1, or null")
+        taken = self.pretrain.init_from
+        require(taken is None, "pretrain.init_from", taken, "null: the rungs of a ladder are trained from scratch")
+        tasks = self.pretrain.evaluate.tasks
+        require(not tasks, "pretrain.evaluate.tasks", tasks, "empty: rungs are compared by their validation loss")
         ramp = self.pretrain.batch_ramp
         require(not ramp, "pretrain.batch_ramp", ramp, "empty: rungs of different lengths would ramp differently")
-
-
-@dataclass
-class Scoring:
-    """Which tasks of lm_eval to score a model on, and how."""
-
-    tasks: list[str] | str = field(default_factory=list)
-    """Tasks or groups of the harness by name, such as `mmlu,gsm8k,gsm8k_cot,humaneval`."""
-    data_dir: str | None = None
-    """Folder with the data of mmlu (`mmlu/{dev,test}/SUBJECT_{dev,test}.csv`, with the columns question, choice0 to
-    choice3, and answer, 0 to 3), gsm8k (`gsm8k/{train,test}.jsonl`) and humaneval (`humaneval/HumanEval.jsonl.gz`);
-    null takes the hub's, as other tasks do."""
-    num_fewshot: dict[str, int] | int | None = None
-    """Solved examples before each question, of all tasks or by their names, such as `{mmlu: 5, gsm8k: 8}`; null takes
-    the task's own number: of mmlu none, where papers have 5. Tasks that allow none stay without."""
-    limit: int | None = None
-    """Questions of each task; null takes all."""
-    allow_code_execution: bool = False
-    """Run the programs that the model writes, in a sandbox: what humaneval and mbpp need."""
-    samples_per_problem: int | None = None
-    """Programs drawn for each problem; null takes the task's number, for humaneval a single greedy one."""
-    pass_at_k: list[int] | None = None
-    """Numbers of programs that may be tried, of which one has to pass; null takes the task's."""
-    temperature: float = 0.2
-    """Of programs where several are drawn for each problem."""
-    top_p: float = 0.95
-    """Likewise."""
-
-    def task_names(self) -> list[str]:
-        """``tasks`` as a list."""
-        names = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
-        return [name for name in map(str.strip, names) if name]
-
-    def shots(self, task: str) -> int | None:
-        """``num_fewshot`` of a task."""
-        return self.num_fewshot.get(task) if isinstance(self.num_fewshot, dict) else self.num_fewshot
-
-    def validate(self) -> None:
-        """Raise SettingsError for what cannot work, before anything is loaded."""
-        shots = self.num_fewshot.values() if isinstance(self.num_fewshot, dict) else [self.num_fewshot or 0]
-        require(min(shots, default=0) >= 0, "num_fewshot", self.num_fewshot, "at least 0")
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or null for all")
-        samples, ks = self.samples_per_problem, self.pass_at_k
-        require(samples is None or samples >= 1, "samples_per_problem", samples, "at least 1, or null")
-        fits = ks is None or (bool(ks) and min(ks) >= 1 and max(ks) <= (samples or max(ks)))
-        require(fits, "pass_at_k", ks, "numbers from 1 to samples_per_problem")
-        require(self.temperature > 0, "temperature", self.temperature, "above 0")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
 
 
 @dataclass
@@ -714,7 +777,7 @@ class FlowJob(InWorkspace):
 
     curate: CurationSettings = field(default_factory=CurationSettings)
     """Sources, filters and deduplication."""
-    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
     """The byte-level BPE tokenizer."""
     tokenize: TokenizeSettings = field(default_factory=TokenizeSettings)
     """Token shards."""

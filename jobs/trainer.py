@@ -175,7 +175,7 @@ def _trainer(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: boo
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=[RunController(folder.folder), *callbacks],
         ),
-        validation_config=validation.config(settings, folder) if settings.validation == "beside" else None,
+        validation_config=validation.config(settings, folder),
     )
 
 

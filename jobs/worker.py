@@ -201,7 +201,7 @@ def _report(
 
 def validation_due(settings: PretrainJob, step: int) -> bool:
     """Whether Ray Train is to measure the checkpoint of a step beside training."""
-    return settings.validation == "beside" and (step % settings.validate_every == 0 or step == settings.steps)
+    return settings.losses_due(step) or settings.scores_due(step)
 
 
 def resume_cause(folder: StoredRun, attempt: int) -> str:

@@ -22,7 +22,9 @@ from jobs.eval_cache import CachedWorkers, FinishedItems
 from jobs.eval_code import CodeEval, pass_at_k
 from jobs.eval_tasks import Tasks
 from jobs.eval_workers import ManyModels, Model, ModelActor
-from jobs.settings import EvaluateJob, ExportJob, FailedError, SettingsError
+from jobs.run_folder import StoredRun
+from jobs.settings import EvaluateJob, ExportJob, FailedError, PretrainJob, ScoringBesideTraining, SettingsError
+from jobs.worker import validation_due
 from models.generate import Sampling
 
 MMLU = "mmlu_anatomy,mmlu_virology"
@@ -334,3 +336,25 @@ def test_checkpoints_become_curves_on_the_page_and_earlier_scores_stay(workspace
     assert "mmlu_virology acc (2-shot, 4 questions)" in page
     assert "step 10: " in page
     assert "step 20: " in page
+
+
+def test_scores_of_checkpoints_while_training_are_those_of_evaluate_and_failures_are_told(workspace, data, tmp_path):
+    from ray.train import Checkpoint
+
+    from jobs import validation
+
+    shutil.rmtree(f"{workspace}/evals", ignore_errors=True)
+    scoring = {"tasks": "mmlu_anatomy", "data_dir": data, "num_fewshot": 2, "limit": 3, "every_steps": 10}
+    settings = PretrainJob(workspace=workspace, steps=30, evaluate=ScoringBesideTraining(**scoring))
+    assert [step for step in range(31) if validation_due(settings, step)] == [0, 10, 20, 30]
+    (tmp_path / "pointer.json").write_text(json.dumps({"folder": "checkpoints/step-00000010"}))
+    validation.validate(Checkpoint.from_directory(str(tmp_path)), settings, f"{workspace}/runs/base")
+    with open(f"{workspace}/evals/base/step-00000010/results.json") as file:
+        beside = json.load(file)
+    assert values(beside) == values(evaluate.run(job(workspace, data, tasks="mmlu_anatomy", step=10, limit=3)))
+    run = StoredRun(f"{workspace}/runs/base")
+    assert run.events()[-1]["scores"] == {"mmlu_anatomy acc": beside["scores"][0]["value"]}
+    settings.evaluate.data_dir = f"{data}/nowhere"
+    with pytest.raises(SettingsError, match="there is no file"):
+        validation.validate(Checkpoint.from_directory(str(tmp_path)), settings, f"{workspace}/runs/base")
+    assert "nowhere" in run.events()[-1]["error"]
