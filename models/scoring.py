@@ -10,7 +10,7 @@ output, the final norm and the head are computed where a token is asked for alon
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,15 +19,11 @@ from torch import Tensor
 
 from models.kernels import swiglu
 from models.loss import default_chunk
+from models.prefix_tree import Batch, Request, Segment, batches
 from models.transformer import Transformer, rotate
 
-Request = tuple[Sequence[int], Sequence[int]]
-"""Token ids of a context and of its continuation, at least one each."""
-
-_SHORTEST_EDGE = 16
-_LEAST_SAVING = 64
-_DEEPEST = 4
-_FFN_ROWS = 1024  # on the CPU: what is wide stays in the cache
+# tokens whose wide activations exist at one time: on the CPU they stay in its cache, on a GPU they need not much memory
+_ROWS, _ROWS_ON_CPU = 16384, 1024
 
 
 def log_likelihoods(
@@ -48,16 +44,18 @@ def log_likelihoods(
     Raises:
         ValueError: a request is empty, too long, or has ids outside the vocabulary.
     """
-    sequences = _sequences(model, requests, vocab_size)
-    if not sequences:
-        return
-    leaves = _tree(sequences)
+    config = model.config
     with torch.inference_mode():
         weights = [_Layer.of(model, i) for i in range(len(model.layers))]
         head = model.output.weight.to(model.compute_dtype or model.output.weight.dtype)
     before: _Scores | None = None
-    for part in _parts(leaves, tokens_per_batch):
-        batch = _pack(part, sequences)
+    for batch in batches(
+        requests,
+        tokens_per_batch,
+        max_seq_len=config.max_seq_len,
+        vocab_size=config.vocab_size,
+        targets_below=vocab_size,
+    ):
         with torch.inference_mode():
             scores = _score(model, weights, head, batch, vocab_size)
         # an accelerator is given its next batch before its last one's results are waited for
@@ -66,171 +64,6 @@ def log_likelihoods(
         before = scores
     if before is not None:
         yield from before.read()
-
-
-@dataclass
-class _Sequence:
-    """Tokens that the model reads, which requests have in common, (T,), and what is asked to follow their ends."""
-
-    tokens: np.ndarray
-    asked: list[tuple[int, list[int]]] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _Node:
-    """Tokens `start` to `stop` of a sequence; `parent` holds those before."""
-
-    start: int
-    stop: int
-    sequence: int
-    parent: "_Node | None"
-
-
-def _sequences(model: Transformer, requests: Sequence[Request], vocab_size: int | None) -> list[_Sequence]:
-    """Distinct sequences, sorted by their tokens."""
-    longest, size = model.config.max_seq_len, model.config.vocab_size
-    targets_below = size if vocab_size is None else vocab_size
-    found: dict[bytes, _Sequence] = {}
-    for i, (context, continuation) in enumerate(requests):
-        if not len(context) or not len(continuation):
-            raise ValueError(f"request {i} has an empty {'continuation' if len(context) else 'context'}")
-        # big-endian, so that bytes sort as tokens do
-        tokens = np.array([*context, *continuation[:-1]], ">i4")
-        if len(tokens) > longest:
-            raise ValueError(f"request {i} has {len(tokens)} tokens, but model.max_seq_len is {longest}")
-        if tokens.min() < 0 or tokens.max() >= size or not 0 <= continuation[-1] < targets_below:
-            raise ValueError(f"request {i} has ids outside the vocabulary of {size}")
-        sequence = found.setdefault(tokens.tobytes(), _Sequence(tokens))
-        sequence.asked.append((i, list(continuation)))
-    return [found[key] for key in sorted(found)]
-
-
-def _tree(sequences: list[_Sequence]) -> list[tuple[int, _Node]]:
-    """Each sequence with the node that it ends in, depth first.
-
-    What few sequences share, or for few tokens, is no node: computing it again costs less than another attention.
-    """
-    shared = np.zeros(len(sequences), np.int64)  # with the sequence before
-    for i, (a, b) in enumerate(itertools.pairwise(s.tokens for s in sequences), 1):
-        n = min(len(a), len(b))
-        differ = a[:n] != b[:n]
-        first = int(differ.argmax()) if n else 0
-        shared[i] = first if n and differ[first] else n
-    leaves: list[tuple[int, _Node]] = []
-    stack: list[tuple[int, int, int, _Node | None, int]] = [(0, len(sequences), 0, None, 0)]
-    while stack:
-        low, high, start, parent, depth = stack.pop()
-        if high - low == 1:
-            length = len(sequences[low].tokens)
-            leaves.append((low, _Node(start, length, low, parent) if parent is None or length > start else parent))
-            continue
-        inner = shared[low + 1 : high]
-        stop = int(inner.min())
-        cuts = [low, *(low + 1 + np.flatnonzero(inner == stop)).tolist(), high]
-        edge = stop - start
-        if depth < _DEEPEST and edge >= _SHORTEST_EDGE and edge * (len(cuts) - 2) >= _LEAST_SAVING:
-            start, parent, depth = stop, _Node(start, stop, low, parent), depth + 1
-        stack.extend((a, b, start, parent, depth) for a, b in reversed(list(itertools.pairwise(cuts))))
-    return leaves
-
-
-def _path(node: _Node | None) -> list[_Node]:
-    path = []
-    while node is not None:
-        path.append(node)
-        node = node.parent
-    return path[::-1]
-
-
-def _parts(leaves: list[tuple[int, _Node]], tokens: int) -> Iterator[list[tuple[int, list[_Node]]]]:
-    """Cut the forest into batches of at most so many tokens; nodes above a cut are in both."""
-    part: list[tuple[int, list[_Node]]] = []
-    there: set[_Node] = set()
-    size = 0
-    for sequence, leaf in leaves:
-        path = _path(leaf)
-        new = sum(node.stop - node.start for node in path if node not in there)
-        if part and size + new > tokens:
-            yield part
-            part, there, size = [], set(), 0
-            new = leaf.stop
-        part.append((sequence, path))
-        there.update(path)
-        size += new
-    yield part
-
-
-Segment = tuple[int, int]
-"""First token and the one behind the last, in a batch."""
-
-
-@dataclass
-class _Batch:
-    """A part of the forest.
-
-    Attributes:
-        tokens: ids, (N,), int64, nodes depth first.
-        positions: of each in its sequence, (N,), int64.
-        nodes: tokens of each node.
-        levels: by depth, for each node that others continue, the tokens below it and its own.
-        asked: tokens after which others are asked for, (P,), int64.
-        after: index in `asked`, (M,), int64, in order, for each token asked for.
-        targets: that token, (M,), int64.
-        requests: which request it belongs to, (M,).
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    nodes: list[Segment]
-    levels: list[list[tuple[Segment, Segment]]]
-    asked: np.ndarray
-    after: np.ndarray
-    targets: np.ndarray
-    requests: np.ndarray
-
-
-def _pack(part: list[tuple[int, list[_Node]]], sequences: list[_Sequence]) -> _Batch:
-    first: dict[_Node, int] = {}
-    below: dict[_Node, int] = {}  # where the tokens of those that continue a node end
-    size = 0
-    asked: list[np.ndarray] = []
-    after: list[np.ndarray] = []
-    targets: list[int] = []
-    requests: list[int] = []
-    n_asked = 0
-    for index, path in part:
-        sequence = sequences[index]
-        for node in path:
-            if node not in first:
-                first[node] = size
-                size += node.stop - node.start
-        for node in path:
-            below[node] = size
-        length = len(sequence.tokens)
-        most = max(len(continuation) for _, continuation in sequence.asked)
-        places = np.concatenate([first[n] + np.arange(max(0, length - most - n.start), n.stop - n.start) for n in path])
-        asked.append(places)
-        for request, continuation in sequence.asked:
-            after.append(np.arange(n_asked + most - len(continuation), n_asked + most))
-            targets.extend(continuation)
-            requests.extend([request] * len(continuation))
-        n_asked += most
-    order = np.argsort(np.concatenate(after), kind="stable")
-    levels: list[list[tuple[Segment, Segment]]] = [[] for _ in range(_DEEPEST)]
-    for node, start in first.items():
-        stop = start + node.stop - node.start
-        if below[node] > stop:
-            levels[len(_path(node)) - 1].append(((stop, below[node]), (start, stop)))
-    return _Batch(
-        np.concatenate([sequences[n.sequence].tokens[n.start : n.stop] for n in first]).astype(np.int64),
-        np.concatenate([np.arange(n.start, n.stop) for n in first]),
-        [(start, start + n.stop - n.start) for n, start in first.items()],
-        [level for level in levels if level],
-        np.concatenate(asked),
-        np.concatenate(after)[order],
-        np.array(targets)[order],
-        np.array(requests)[order],
-    )
 
 
 @dataclass
@@ -269,10 +102,10 @@ class _Layer:
     def feed_forward(self, x: Tensor) -> Tensor:
         """SwiGLU of x, (N, d_model)."""
         if len(self.gate_up) == 1:
-            return F.linear(swiglu(F.linear(x, self.gate_up[0])), self.down)
+            return torch.cat([F.linear(swiglu(F.linear(rows, self.gate_up[0])), self.down) for rows in x.split(_ROWS)])
         gate, up = self.gate_up
-        rows = [F.linear(F.silu(F.linear(r, gate)).mul_(F.linear(r, up)), self.down) for r in x.split(_FFN_ROWS)]
-        return torch.cat(rows)
+        parts = (F.silu(F.linear(rows, gate)).mul_(F.linear(rows, up)) for rows in x.split(_ROWS_ON_CPU))
+        return torch.cat([F.linear(part, self.down) for part in parts])
 
 
 class _Scores:
@@ -297,7 +130,7 @@ class _Scores:
         yield from zip(numbers.tolist(), sums.tolist(), (misses == 0).tolist(), strict=True)
 
 
-def _score(model: Transformer, weights: list[_Layer], head: Tensor, batch: _Batch, vocab_size: int | None) -> _Scores:
+def _score(model: Transformer, weights: list[_Layer], head: Tensor, batch: Batch, vocab_size: int | None) -> _Scores:
     device = head.device
 
     def put(array: np.ndarray) -> Tensor:
@@ -339,7 +172,7 @@ def _hidden(
     return model.last_norm(x, delta)
 
 
-def _attention(batch: _Batch, like: Tensor, model: Transformer) -> "_Attention":
+def _attention(batch: Batch, like: Tensor, model: Transformer) -> "_Attention":
     flash = like.is_cuda and like.dtype in (torch.bfloat16, torch.float16) and model.config.head_dim % 8 == 0
     return (_Packed if flash and model.config.head_dim <= 256 else _Padded)(batch, like.device)
 
@@ -347,7 +180,7 @@ def _attention(batch: _Batch, like: Tensor, model: Transformer) -> "_Attention":
 class _Attention:
     """Attention of a batch's tokens: queries, keys and values, (N, heads, head_dim) each, to (N, n_heads, head_dim)."""
 
-    def __init__(self, batch: _Batch, device: torch.device):
+    def __init__(self, batch: Batch, device: torch.device):
         raise NotImplementedError
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -357,7 +190,7 @@ class _Attention:
 class _Packed(_Attention):
     """By FlashAttention-2's kernel for sequences of different lengths (Dao 2023), one call a level."""
 
-    def __init__(self, batch: _Batch, device: torch.device):
+    def __init__(self, batch: Batch, device: torch.device):
         self.device = device
         self.nodes = self._lengths(batch.nodes)
         self.levels = []
@@ -397,7 +230,7 @@ def _flash(
 class _Padded(_Attention):
     """By kernels for sequences of one length: nodes of like length together, filled up at their ends."""
 
-    def __init__(self, batch: _Batch, device: torch.device):
+    def __init__(self, batch: Batch, device: torch.device):
         self.levels = batch.levels
         self.groups = []
         for start, lengths in _alike(batch.nodes):

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -94,7 +94,7 @@ def questions(data_dir: str) -> list[str]:
 def trained_briefly(model: Transformer, tokens: Sequence[int], steps: int = 400) -> None:
     """Steps of AdamW on windows of the text."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    text, generator = torch.tensor(tokens), torch.Generator().manual_seed(0)
+    text, generator = torch.tensor(tokens, device=model.rotary.device), torch.Generator().manual_seed(0)
     for step in range(steps):
         starts = torch.randint(0, len(text) - 513, (4,), generator=generator)
         window = torch.stack([text[start : start + 513] for start in starts.tolist()])
@@ -107,11 +107,11 @@ def trained_briefly(model: Transformer, tokens: Sequence[int], steps: int = 400)
     print(f"trained for {steps} steps, loss {loss.item():.3f}", flush=True)
 
 
-def make(shape: str, data_dir: str, folder: str, device: str, kind: str) -> Any:
+def make(shape: str, data_dir: str, folder: str, device: str, kind: str, precision: str = "fp32") -> Any:
     """A model with its tokenizer, also exported to the folder."""
     config, texts = SHAPES[shape], questions(data_dir)
     tokenizer = train_on_texts(texts, TokenizerSettings(vocab_size=min(config.vocab_size, 32768)))
-    model = Transformer(config, seed=1)
+    model = Transformer(config, seed=1).to(device)
     with torch.no_grad():
         if kind == "random":  # so that the likeliest token changes along a text
             for parameter in model.parameters():
@@ -119,8 +119,7 @@ def make(shape: str, data_dir: str, folder: str, device: str, kind: str) -> Any:
                     parameter.mul_(3)
     if kind == "trained":
         trained_briefly(model, list(itertools.chain(*(tokenizer.encode(text) for text in texts[-3000:]))))
-    on_gpu = device == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     save_pretrained(
         model.state_dict(), config, folder, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id, dtype=dtype
     )
@@ -134,8 +133,8 @@ def make(shape: str, data_dir: str, folder: str, device: str, kind: str) -> Any:
         "model_max_length": config.max_seq_len,
     }
     Path(folder, "tokenizer_config.json").write_text(json.dumps(content), "utf-8")
-    model = parallelize(model, None, device).eval()
-    return SimpleNamespace(model=model, tokenizer=tokenizer, device=torch.device(device), folder=folder)
+    model = parallelize(model, None, device, precision=precision).eval()
+    return SimpleNamespace(model=model, tokenizer=tokenizer, device=torch.device(device), folder=folder, dtype=dtype)
 
 
 def ours(trained: Any) -> Any:
@@ -149,8 +148,7 @@ def theirs(trained: Any, batch: int) -> Any:
     """The harness's own."""
     from lm_eval.models.huggingface import HFLM
 
-    dtype = "bfloat16" if trained.device.type == "cuda" else "float32"
-    return HFLM(pretrained=trained.folder, device=trained.device.type, dtype=dtype, batch_size=batch)
+    return HFLM(pretrained=trained.folder, device=trained.device.type, dtype=trained.dtype, batch_size=batch)
 
 
 @contextlib.contextmanager
@@ -276,22 +274,29 @@ def requests_of(task: str, data_dir: str, limit: int | None) -> list[Any]:
     return found
 
 
-def timed(lm: Any, kind: str, requests: list[Any]) -> float:
+class Seconds(NamedTuple):
+    """On the clock, and of the CPU, which other programs on the machine change little."""
+
+    clock: float
+    cpu: float
+
+
+def timed(lm: Any, kind: str, requests: list[Any]) -> Seconds:
     """Seconds from text to results."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
-    began = time.monotonic()
+    began, cpu = time.monotonic(), time.process_time()
     with quiet(), contextlib.redirect_stdout(None):
         getattr(lm, kind)(requests)
-    return time.monotonic() - began
+    return Seconds(time.monotonic() - began, time.process_time() - cpu)
 
 
-def of_text(lm: Any, kind: str, requests: list[Any]) -> float:
+def of_text(lm: Any, kind: str, requests: list[Any]) -> Seconds:
     """Seconds of those that the text takes: all but the model's work."""
     if kind != "loglikelihood":
-        return 0.0
+        return Seconds(0.0, 0.0)
     original = lm._loglikelihood_tokens
     lm._loglikelihood_tokens = lambda tokens, **_: [(0.0, False)] * len(tokens)
     try:
@@ -302,7 +307,7 @@ def of_text(lm: Any, kind: str, requests: list[Any]) -> float:
 
 def fastest(trained: Any, kind: str, requests: list[Any], batches: list[int]) -> Any:
     """HFLM at the batch size that is fastest on some of the requests."""
-    lm, best = theirs(trained, batches[0]), (float("inf"), 0)
+    lm, best = theirs(trained, batches[0]), (Seconds(float("inf"), float("inf")), 0)
     # far apart, so of different lengths; questions whole
     step = max(1, len(requests) // 4 // (2 * batches[-1])) * 4
     some = [one for start in range(0, len(requests), step) for one in requests[start : start + 4]]
@@ -321,7 +326,8 @@ def fastest(trained: Any, kind: str, requests: list[Any], batches: list[int]) ->
 def speed(args: argparse.Namespace, folder: str) -> None:
     """Seconds of both, and their ratio."""
     shape = args.shape or "small"
-    trained = make(shape, args.data_dir, folder, args.device, "initial")
+    precision = "bf16" if args.device == "cuda" else "fp32"
+    trained = make(shape, args.data_dir, folder, args.device, "initial", precision)
     batches = args.batches or ([16, 32, 64, 128] if args.device == "cuda" else [1, 4, 16])
     for task in args.tasks or ["mmlu", "gsm8k"]:
         kind, requests = KINDS[task], requests_of(task, args.data_dir, args.limit)
@@ -334,12 +340,19 @@ def speed(args: argparse.Namespace, folder: str) -> None:
         lm = fastest(trained, kind, requests, batches)
         other, other_text = timed(lm, kind, requests), of_text(lm, kind, requests)
         print(
-            f"{task}, {shape} on {device_name(args.device)}: {len(requests)} requests; HFLM {other:.1f} s "
-            f"(batch {lm.batch_size_per_gpu}; {other_text:.1f} s of it tokenization), Ingot {own:.1f} s "
-            f"({own_text:.1f} s): {other / own:.1f} times as fast, "
-            f"{(other - other_text) / (own - own_text):.1f} times without tokenization",
+            f"{task}, {shape} on {device_name(args.device)}: {len(requests)} requests; HFLM {other.clock:.1f} s (batch "
+            f"{lm.batch_size_per_gpu}; {other_text.clock:.1f} s of it tokenization), Ingot {own.clock:.1f} s "
+            f"({own_text.clock:.1f} s): {other.clock / own.clock:.1f} times as fast; without tokenization "
+            f"{(other.clock - other_text.clock) / (own.clock - own_text.clock):.1f} times",
             flush=True,
         )
+        if args.device == "cpu":
+            print(
+                f"  seconds of the CPU: HFLM {other.cpu:.1f} ({other_text.cpu:.1f}), Ingot {own.cpu:.1f} "
+                f"({own_text.cpu:.1f}): {other.cpu / own.cpu:.1f} times; without tokenization "
+                f"{(other.cpu - other_text.cpu) / (own.cpu - own_text.cpu):.1f} times",
+                flush=True,
+            )
         del lm
 
 
@@ -357,7 +370,7 @@ def gpus(args: argparse.Namespace, folder: str) -> None:
     from jobs.settings import EvaluateJob
 
     shape = args.shape or "small"
-    trained = make(shape, args.data_dir, folder, args.device, "initial")
+    trained = make(shape, args.data_dir, folder, args.device, "initial", "bf16" if args.device == "cuda" else "fp32")
     length = trained.model.config.max_seq_len
     tokenizer: Tokenizer = trained.tokenizer
     del trained
@@ -369,7 +382,7 @@ def gpus(args: argparse.Namespace, folder: str) -> None:
             lm = IngotLM(model, tokenizer, length)
             for task, own in requests.items():
                 timed(lm, KINDS[task], own[: len(own) // 20 + 1])
-                seconds[task, count] = timed(lm, KINDS[task], own)
+                seconds[task, count] = timed(lm, KINDS[task], own).clock
     for task in requests:
         one, several = seconds[task, 1], seconds[task, args.gpus]
         print(f"{task}, {shape}: {one:.1f} s on one, {several:.1f} s on {args.gpus}: {one / several:.2f} times as fast")
