@@ -140,7 +140,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None 
     """
     gqa = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        return _flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
+        # below 128 queries it would take the kernel for decoding, which does not compile for all numbers of heads
+        options = {"FORCE_USE_FLEX_ATTENTION": True} if q.shape[2] < 128 else None
+        return _flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa, kernel_options=options)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
     if flash_4_serves(q.device, q.dtype, q.shape[3]):

@@ -52,10 +52,19 @@ def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     return x, F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast x to a dtype; x itself when it has it.
+
+    A cast that changes nothing at the end of an autograd.Function makes torch 2.11's compiler take its incoming
+    gradient for zero.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + head_dim/2) of x, (..., heads, head_dim), by angles of (..., 1, head_dim/2)."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return as_dtype(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1), x.dtype)
 
 
 def split_and_rotate(qkv: Tensor, rotary: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +99,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
+        return as_dtype(F.silu(gate.float()) * up.float(), gate_up.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
