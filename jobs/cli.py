@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Iterator
@@ -115,6 +116,8 @@ def parse(job: str, arguments: list[str]) -> Any:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     jsonargparse.set_loader("recipe", recipe, exceptions=(yaml.YAMLError,))
     kind = getattr(settings, JOBS[job][0])
+    if job == "tokenizer":  # `from` cannot be a field's name
+        arguments = [re.sub(r"^--from(?==|$)", "--from_model", argument) for argument in arguments]
     takes_sources = "sources" in typing.get_type_hints(kind)
     os.environ.setdefault("COLUMNS", "120")
     parser = jsonargparse.ArgumentParser(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jobs.run_folder import StoredRun
 from jobs.settings import PretrainJob, SettingsError
 from models.config import ModelConfig
 from models.training.run_folder import patiently
@@ -25,7 +26,31 @@ def check_fits(settings: PretrainJob) -> tuple[dict[str, Any], ModelConfig]:
     """Manifest of the workspace's training tokens, and the model's shape for them.
 
     Raises:
-        SettingsError: the vocabulary is too small, a sequence longer than a split, or the tokenizer another one.
+        SettingsError: the vocabulary is too small, a sequence longer than a split, or the tokenizer another one; or
+            there is no model to go on from that fits.
+        FileNotFoundError: the token shards or the tokenizer are not there.
+    """
+    train = check_tokens(settings)
+    if settings.init_from is not None:
+        from jobs.init_from import shape
+
+        return train, shape(settings)
+    return train, settings.model.config(train["vocab_size"], settings.length())
+
+
+def of_run(settings: PretrainJob, run: StoredRun) -> tuple[dict[str, Any], ModelConfig]:
+    """``check_fits`` for a run, which once it was started needs the model no more that it went on from."""
+    facts = None if settings.init_from is None else run.read_json("run.json")
+    if facts is None or facts["settings"].get("init_from") != settings.init_from:
+        return check_fits(settings)
+    return check_tokens(settings), ModelConfig(**facts["model"])
+
+
+def check_tokens(settings: PretrainJob) -> dict[str, Any]:
+    """Manifest of the workspace's training tokens.
+
+    Raises:
+        SettingsError: a sequence is longer than a split, or the tokenizer another one.
         FileNotFoundError: the token shards or the tokenizer are not there.
     """
     manifests = {}
@@ -42,7 +67,7 @@ def check_fits(settings: PretrainJob) -> tuple[dict[str, Any], ModelConfig]:
             f"{settings.workspace}/tokens/train: made with another tokenizer than the one in {tokenizer} now; "
             "run `ingot tokenize` again"
         )
-    return train, settings.model.config(train["vocab_size"], settings.length())
+    return train
 
 
 def reader(settings: PretrainJob, split: str) -> Batches:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import xxhash
 
@@ -18,30 +18,30 @@ log = logging.getLogger("ingot")
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # what is read of a repository: it may hold the same weights in other forms too
-_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json"]  # fmt: skip
+_SMALL = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+_FILES = [*_SMALL, "model*.safetensors", "model.safetensors.index.json"]
 _WHOLE = 1 << 26  # bytes up to which a file of weights is hashed whole
 _SAMPLES = 64  # pieces of a larger one that are hashed
 _PIECE = 1 << 16
 
 
-def model_folder(model: str, setting: str = "model", *, fetch: bool = True) -> str:
+def model_folder(model: str, setting: str = "model", *, fetch: bool = True, weights: bool = True) -> str:
     """The folder of a model: its absolute path or URI, or of a repository the copy on this machine.
 
     Args:
         model: a folder, or a repository as OWNER/NAME or OWNER/NAME@REVISION.
         setting: that names it.
         fetch: fetch a repository; else its name is returned as it is.
+        weights: they are wanted; else the tokenizer alone.
 
     Raises:
         SettingsError: there is neither, or the hub does not give it.
     """
-    if storage.exists(storage.join(model, "config.json")):
+    needed = "config.json" if weights else "tokenizer.json"
+    if storage.exists(storage.join(model, needed)):
         return storage.absolute(model)
     if storage.is_remote(model) or storage.exists(model) or not _REPOSITORY.fullmatch(model):
-        raise SettingsError(
-            f"{setting} is {model!r}; it is neither a folder with a config.json nor a repository's name"
-        )
+        raise SettingsError(f"{setting} is {model!r}; it is neither a folder with a {needed} nor a repository's name")
     if not fetch:
         return model
     from huggingface_hub import snapshot_download
@@ -49,10 +49,26 @@ def model_folder(model: str, setting: str = "model", *, fetch: bool = True) -> s
     repository, _, revision = model.partition("@")
     log.info("fetches %s from the hub, unless it is here already", model)
     try:
-        return snapshot_download(repository, revision=revision or None, allow_patterns=_FILES)
+        return snapshot_download(repository, revision=revision or None, allow_patterns=_FILES if weights else _SMALL)
     except Exception as error:  # of the network, the hub, the cache: each library has its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SettingsError(f"{setting} is {model!r}; there is no such folder, and the hub says: {reason}") from None
+
+
+def absolute(model: str) -> str:
+    """A folder's path or URI that means the same in every process, or a repository's name."""
+    return model if _REPOSITORY.fullmatch(model) and not storage.exists(model) else storage.absolute(model)
+
+
+def is_repository(model: str) -> bool:
+    """Whether ``absolute`` gave a repository's name."""
+    return not storage.is_remote(model) and not model.startswith("/")
+
+
+def eos_id(content: dict[str, Any]) -> int | None:
+    """The token that ends a text by a model's config.json, the first of them; None where it does not say."""
+    eos = content.get("eos_token_id")
+    return eos[0] if isinstance(eos, list) else eos
 
 
 def open_model(folder: str, setting: str = "model") -> Pretrained:

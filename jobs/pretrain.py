@@ -10,9 +10,10 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from jobs import trainer
-from jobs.inputs import check_fits
+from jobs import init_from, trainer
+from jobs.inputs import of_run
 from jobs.lease import lease
+from jobs.model_folder import absolute
 from jobs.progress import Progress
 from jobs.provenance import data_facts
 from jobs.run_folder import StoredRun, valid_steps
@@ -92,12 +93,14 @@ def pretrain(
 
 
 def _train(settings: PretrainJob, folder: StoredRun, callbacks: list[Any], watch: bool) -> dict[str, float]:
-    manifest, config = check_fits(settings)
+    manifest, config = of_run(settings, folder)
     import ray
 
     on_gpu = settings.device == "gpu" or (
         settings.device == "auto" and ray.cluster_resources().get("GPU", 0) >= settings.fewest_workers()
     )
+    # As it was at the first start: the workspace's corpus goes on, and a model may be replaced.
+    before = folder.read_json("run.json") or {}
     folder.write_json(
         "run.json",
         {
@@ -111,8 +114,8 @@ def _train(settings: PretrainJob, folder: StoredRun, callbacks: list[Any], watch
             "world_size": settings.workers,
             "started": time.time(),
             "version": ingot_version(),
-            # As it was at the first start: the workspace's corpus goes on.
-            "data": (folder.read_json("run.json") or {}).get("data") or data_facts(settings.workspace),
+            "data": before.get("data") or data_facts(settings.workspace),
+            "init_from": before.get("init_from") or init_from.facts(settings),
         },
     )
     attempt = len([e for e in folder.events() if e["event"] == "start"]) + 1
@@ -161,12 +164,14 @@ def _open(settings: PretrainJob, folder_name: str | None = None) -> tuple[Pretra
     """
     # Ray Train's workers have working directories of their own, so a relative path must not reach them.
     settings = dataclasses.replace(settings, workspace=storage.absolute(settings.workspace))
-    check_installed(settings.track)
-    manifest, _ = check_fits(settings)
-    folder = StoredRun(storage.join(settings.workspace, folder_name or f"runs/{settings.name}"))
     if settings.evaluate.data_dir is not None:
         scoring = dataclasses.replace(settings.evaluate, data_dir=storage.absolute(settings.evaluate.data_dir))
         settings = dataclasses.replace(settings, evaluate=scoring)
+    if settings.init_from is not None:
+        settings = dataclasses.replace(settings, init_from=absolute(settings.init_from))
+    check_installed(settings.track)
+    folder = StoredRun(storage.join(settings.workspace, folder_name or f"runs/{settings.name}"))
+    manifest, _ = of_run(settings, folder)
     changed = _changes(folder, settings, manifest["fingerprint"])
     if changed and settings.on_change == "refuse":
         raise SettingsError(

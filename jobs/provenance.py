@@ -53,7 +53,8 @@ def data_section(facts: dict[str, Any]) -> str:
     rows = []
     if tokenizer := facts.get("tokenizer"):
         size, compression = tokenizer["vocab_size"], tokenizer["bytes_per_token"]
-        rows.append(["tokenizer", f"{size:,} tokens in the vocabulary, {compression:.2f} bytes per token"])
+        told = f", {compression:.2f} bytes per token" if compression else ""  # not known of one that was imported
+        rows.append(["tokenizer", f"{size:,} tokens in the vocabulary{told}"])
     for split, m in facts.get("tokens", {}).items():
         told = f"{number(m['tokens'])} tokens of {m['documents']:,} documents, {byte_size(m['bytes'])} of text"
         rows.append([f"tokens, {split}", told])

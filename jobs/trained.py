@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
-from jobs.model_folder import fingerprint, model_folder, open_model
+from jobs.model_folder import eos_id, fingerprint, model_folder, open_model
 from jobs.run_folder import StoredRun
 from jobs.settings import OfRun, SettingsError
 from pipelines import storage
@@ -144,8 +144,7 @@ def _load_model(settings: OfRun) -> tuple[Transformer, Tokenizer, None, str, str
 
     folder = model_folder(settings.model)
     pretrained = open_model(folder)
-    eos = pretrained.content.get("eos_token_id")
-    tokenizer = Tokenizer.of_model(folder, eos[0] if isinstance(eos, list) else eos)
+    tokenizer = Tokenizer.of_model(folder, eos_id(pretrained.content))
     rows = pretrained.config.vocab_size
     if tokenizer.vocab_size > rows:
         raise SettingsError(f"model is {settings.model!r}; its tokenizer has {tokenizer.vocab_size} ids, it has {rows}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyarrow.fs import PyFileSystem
 
-from jobs import worker
+from jobs import inputs, worker
 from jobs.run_folder import StoredRun
 from jobs.settings import PretrainJob
 from models.training.run_folder import patiently
@@ -150,7 +150,8 @@ def _trainer(settings: PretrainJob, folder: StoredRun, attempt: int, on_gpu: boo
 
     elastic = settings.min_workers is not None
     _, path = storage.filesystem(folder.folder)
-    make = functools.partial(ElasticTrainer, sizes=settings.worker_counts()) if elastic else TorchTrainer
+    shape = None if settings.init_from is None else inputs.of_run(settings, folder)[1]
+    make = functools.partial(ElasticTrainer, sizes=settings.worker_counts(shape)) if elastic else TorchTrainer
     return make(
         worker.train,
         train_loop_config={"settings": settings, "folder": folder.folder, "attempt": attempt},

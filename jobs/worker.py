@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jobs import inputs, logs
+from jobs import init_from, inputs, logs
 from jobs.interruptions import Interruptions
 from jobs.patience import PatientRun
 from jobs.run_folder import StoredRun
@@ -48,6 +48,9 @@ def train(given: dict[str, Any]) -> None:
     if rank == 0:
         folder.take_over()
     device = get_device()
+    if rank == 0:
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        patiently(folder.write_json, "hardware.json", {"device": kind, "workers": world})
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if settings.gpus_per_worker < 1:  # the others on this GPU have theirs
@@ -115,7 +118,7 @@ def build(
 
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    manifest, config = patiently(inputs.check_fits, settings)
+    manifest, config = patiently(inputs.of_run, settings, folder)
     mesh = make_mesh(settings.parallelism, device.type)
     rank, world = data_rank_and_world(mesh)
     with torch.device("meta"):  # no worker ever holds more than its part
@@ -161,6 +164,7 @@ def build(
         if settings.mask_documents
         else None,
         data_rank=(rank, world),
+        first_weights=None if settings.init_from is None else lambda: init_from.read_weights(settings, model),
         **hooks,
     )
     poison, factor = settings.faults.poison_data_steps, settings.faults.poison_lr_factor

@@ -8,6 +8,7 @@ text is text; only its id is control.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import re
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from pipelines import storage
 from pipelines.documents import InputError
@@ -157,16 +159,24 @@ class Tokenizer:
             name = token_name(config, role)
             known[role] = name if name is not None and backend.token_to_id(name) is not None else None
         eot = known["eos_token"] or (None if eos_id is None else backend.id_to_token(eos_id))
+        ours = [token for token in (END_OF_TEXT, PAD) if not config and backend.token_to_id(token) is not None]
+        eot = eot or next(iter(ours), None)
         if eot is None:
             raise InputError(f"{folder}/tokenizer_config.json: eos_token is missing, so nothing would end a text")
         return cls(
             backend,
             eot=eot,
-            pad=known["pad_token"] or eot,
+            pad=known["pad_token"] or ([eot, *ours])[-1],
             bos=known["bos_token"],
             split_special_tokens=bool(config.get("split_special_tokens", False)),
             config=config,
         )
+
+    def same_as(self, other: Tokenizer) -> bool:
+        """Whether both give the same ids for every text, by what decides them."""
+        deciding = ("model", "normalizer", "pre_tokenizer", "added_tokens")
+        mine, others = (json.loads(each.backend.to_str()) for each in (self, other))
+        return all(mine[part] == others[part] for part in deciding)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -181,7 +191,11 @@ class Tokenizer:
     def _bulk(self) -> Any:
         import fastokens
 
-        return fastokens.Tokenizer.from_json_str(self.backend.to_str())
+        try:
+            return fastokens.Tokenizer.from_json_str(self.backend.to_str())
+        except Exception as error:  # some tokenizers of others it does not know
+            log.info("tokenizer: encodes with the tokenizers package; the faster one cannot this kind: %s", error)
+            return None
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of many texts, one after another: what `encode` gives, by the fastest library that does.
@@ -189,6 +203,10 @@ class Tokenizer:
         Returns:
             ids, (tokens,) uint32, and where those of each text begin, and the last one's end, (len(texts) + 1,) int64.
         """
+        if self._bulk is None:
+            encoded = [each.ids for each in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+            starts = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded])]).astype(np.int64)
+            return np.fromiter((token for ids in encoded for token in ids), np.uint32, starts[-1]), starts
         ids, starts = self._bulk.encode_batch_flat(texts, split_special_tokens=True)
         return np.frombuffer(ids, np.uint32), np.frombuffer(starts, np.uint64).astype(np.int64)
 
@@ -376,6 +394,50 @@ def train(folder: str, corpus: str, corpus_manifest: dict[str, Any], settings: T
     manifest = stage.publish(facts)
     storage.delete(words)
     return manifest
+
+
+def take(folder: str, source: str, name: str, eos_id: int | None) -> dict[str, Any]:
+    """Publish the tokenizer of a model in Hugging Face's format as the workspace's; skipped when it is there.
+
+    Documents end with the token that ends the model's texts. What fills batches has to be another, or it would be taken
+    for the end of a document: where the model has none, one of its other special tokens, which no text has.
+
+    Args:
+        folder: where ``tokenizer.json``, ``tokenizer_config.json`` and ``manifest.json`` go.
+        source: folder of the model.
+        name: what it was called.
+        eos_id: the token that ends a text where ``tokenizer_config.json`` does not say.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        FileNotFoundError: the model has no ``tokenizer.json``.
+        ValueError: it is not known which token ends a text, or none is free to fill batches.
+    """
+    tokenizer = Tokenizer.of_model(source, eos_id)
+    backend = tokenizer.backend
+    special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    pad = tokenizer.pad_id
+    if pad == tokenizer.eot_id:
+        free = [i for i in special if i not in (tokenizer.eot_id, tokenizer.bos_id)]
+        if not free:
+            raise InputError(f"{source}/tokenizer_config.json: pad_token is missing, no special token is free for it")
+        pad = min(free, key=lambda i: ("pad" not in special[i], "reserved" not in special[i], i))
+    config = {key: value for key, value in tokenizer.config.items() if key != "chat_template"}
+    config |= {"eos_token": backend.id_to_token(tokenizer.eot_id), "pad_token": backend.id_to_token(pad)}
+    config |= {"bos_token": backend.id_to_token(tokenizer.bos_id) if config.get("bos_token") else None}
+    content = backend.to_str(pretty=True)
+    stage = Stage("tokenizer", folder, {"taken": xxhash.xxh3_128_hexdigest(content.encode()), "config": config}, {}, 2)
+    if manifest := stage.finished():
+        log.info("tokenizer: up to date, nothing to do")
+        return manifest
+    stage.begin()
+    storage.write_bytes(storage.join(folder, "tokenizer.json"), content.encode())
+    storage.write_json(storage.join(folder, "tokenizer_config.json"), config)
+    log.info("tokenizer: %d tokens, taken from %s", tokenizer.vocab_size, name)
+    facts = {"vocab_size": tokenizer.vocab_size, "bytes_per_token": None, "from": name}
+    return stage.publish(facts | {"special_tokens": list(special.values())})
 
 
 def _learn(folder: str, sample: WordCounts, settings: TokenizerSettings) -> dict[str, Any]:

@@ -100,6 +100,8 @@ class Training:
         resume_cause: what to call a resume in the events.
         data_rank: this rank's place among those that share a global batch, and their number; None is its rank in the
             whole group.
+        first_weights: called by all ranks where there is no checkpoint to go on from, to give the model other weights
+            than those it has.
     """
 
     def __init__(
@@ -122,11 +124,12 @@ class Training:
         interrupt: Callable[[], str | None] | None = None,
         resume_cause: str = "driver_restart",
         data_rank: tuple[int, int] | None = None,
+        first_weights: Callable[[], None] | None = None,
     ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.batches, self.validation, self.byte_lengths = batches, validation, byte_lengths.to(device)
         self.device, self.metrics = device, metrics
-        self.before_step, self.interrupt = before_step, interrupt
+        self.before_step, self.interrupt, self.first_weights = before_step, interrupt, first_weights
         self.rank, self.world = rank_and_world()
         self.data_rank, data_world = data_rank or (self.rank, self.world)
         # ranks that hold the same samples follow one another: the first of them speaks
@@ -172,6 +175,8 @@ class Training:
         """
         try:
             if not self.recovery.resume():
+                if self.first_weights is not None:
+                    self.first_weights()
                 self._validate()
                 self.recovery.save(status="clean")  # nothing that could be wrong has happened to these weights
             stream = self._stream()

@@ -25,12 +25,13 @@ from training_bench import (
     write_recipe,
 )
 
+from jobs import export, validation
 from jobs import pretrain as job
-from jobs import validation
 from jobs.cli import main
 from jobs.run_folder import StoredRun, valid_steps
-from jobs.settings import Faults, SettingsError
-from models.config import OptimizerConfig
+from jobs.settings import ExportJob, Faults, ModelSettings, OfRun, SettingsError
+from jobs.trained import load
+from models.config import OptimizerConfig, ScheduleConfig
 from models.training.state import TrainingStoppedError
 from pipelines import storage
 from pipelines.documents import InputError
@@ -81,6 +82,40 @@ def test_the_model_learns_and_every_step_is_told_once(workspace, undisturbed):
     assert end["validation_loss"] == undisturbed.final["validation_loss"] == held_out[STEPS]["validation_loss"]
     assert end["loss"] == undisturbed.losses[STEPS]
     assert [event["step"] for event in undisturbed.events("checkpoint")] == list(range(0, STEPS + 1, 10))
+
+
+def test_pretraining_goes_on_from_an_export(workspace, undisturbed, tmp_path):
+    exported = str(tmp_path / "export")
+    export.run(ExportJob(workspace=workspace, name="undisturbed", output=exported, max_shard_size="10KB"))
+    given = settings(
+        workspace,
+        "continued",
+        init_from=exported,
+        model=ModelSettings(),
+        steps=2,
+        schedule=ScheduleConfig(warmup_steps=2),
+    )
+    final = job.pretrain(given)
+    run = run_of(workspace, "continued")
+    measured = valid_steps(run.folder.metrics(), "validation_loss")
+    assert measured[0]["validation_loss"] == pytest.approx(undisturbed.final["validation_loss"], abs=1e-5)
+    facts, of_before = run.folder.read_json("run.json"), undisturbed.folder.read_json("run.json")
+    assert facts["model"] == of_before["model"]
+    assert facts["init_from"] == {
+        "model": exported,
+        "repository": False,
+        "fingerprint": facts["init_from"]["fingerprint"],
+    }
+    assert facts["init_from"]["fingerprint"] == load(OfRun(model=exported)).fingerprint
+    assert run.folder.read_json("hardware.json") == {"device": "CPU", "workers": 2}
+    # from now on the run needs its own checkpoints alone
+    _, second, *_ = sorted(name for name in os.listdir(exported) if name.endswith(".safetensors"))
+    os.unlink(f"{exported}/{second}")
+    assert job.pretrain(given) == final
+    with pytest.raises(SettingsError, match=f"init_from is .*{second}"):
+        job.pretrain(dataclasses.replace(given, name="other"))
+    with pytest.raises(SettingsError, match=r"started with other settings: init_from was .* and is None"):
+        job.pretrain(settings(workspace, "continued", steps=2, schedule=ScheduleConfig(warmup_steps=2)))
 
 
 def test_ray_trains_result_points_to_the_newest_checkpoint(undisturbed):

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from models.attention import document_index
 from models.config import ModelConfig, OptimizerConfig
+from models.hugging_face import Pretrained, save_pretrained
 from models.mesh import Parallelism, data_rank_and_world, make_mesh
 from models.optimizer import build_optimizer, grad_norm
 from models.parallel import compile_model, parallelize, set_gradient_sync
@@ -18,7 +19,7 @@ from models.tensor_parallel import split_matrices
 from models.transformer import Transformer
 
 TINY = ModelConfig(vocab_size=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32)
-TIED = replace(TINY, tied_embeddings=True, qk_norm=True)
+TIED = replace(TINY, tied_embeddings=True, qk_norm=True, head_width=16)  # heads wider than d_model together
 CONFIGS = {2: (TINY, TIED), 4: (TIED,)}  # by the number of workers
 STEPS = 2
 TOKENS = 2 * 4 * 16  # in a step: microbatches, sequences, targets
@@ -91,6 +92,27 @@ def train(config, layout=None, **options):
     return losses, norms, torch.stack([by_token, after]), first, whole_weights(model)
 
 
+def read_weights(config, layout, folder):
+    """Weights of a model on the meta device that each worker has read its parts of."""
+    with torch.device("meta"):
+        model = Transformer(config, seed=None)
+    parallelize(model, make_mesh(layout, "cpu"), "cpu")
+    model.read_weights(Pretrained(stored(config, folder)).tensors)
+    table = Transformer(config, seed=None).rotary
+    assert torch.equal(model.rotary, table)
+    return whole_weights(model)
+
+
+def stored(config, folder):
+    return f"{folder}/{'tied' if config.tied_embeddings else 'untied'}"
+
+
+def store(configs, folder):
+    for config in configs:
+        state = Transformer(config, seed=1).state_dict()
+        save_pretrained(state, config, stored(config, folder), max_shard_size=20_000)
+
+
 def compiled_graphs():
     """How many graphs a sharded model of three blocks is made of, used with gradients and without."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -121,9 +143,17 @@ def worker(rank, world, folder):
         results.append(train(TINY, LAYOUTS_OF_2[2], recompute=0.5))
         results += [train(TIED, layout, precision="bf16") for layout in LAYOUTS_OF_2]
         counts = compiled_graphs()
+    read = [read_weights(config, layout, folder) for config in CONFIGS[world] for layout in layouts]
     if rank == 0:
-        torch.save((results, counts), f"{folder}/results.pt")
+        torch.save((results, counts, read), f"{folder}/results.pt")
     dist.destroy_process_group()
+
+
+def equal_the_stored(read, layouts, configs):
+    for config in configs:
+        expected = Transformer(config, seed=1).state_dict()
+        for layout in layouts:
+            torch.testing.assert_close(next(read), expected, rtol=0, atol=0, msg=str(layout))
 
 
 def equal_one_worker(results, layouts, configs):
@@ -140,8 +170,10 @@ def equal_one_worker(results, layouts, configs):
 
 
 def test_two_workers_equal_one_in_every_layout(tmp_path):
+    store(CONFIGS[2], tmp_path)
     torch.multiprocessing.spawn(worker, args=(2, str(tmp_path)), nprocs=2)
-    results, counts = torch.load(tmp_path / "results.pt")
+    results, counts, read = torch.load(tmp_path / "results.pt")
+    equal_the_stored(iter(read), LAYOUTS_OF_2, CONFIGS[2])
     results = iter(results)
     equal_one_worker(results, LAYOUTS_OF_2, CONFIGS[2])
     losses, norms, *_ = next(results)
@@ -158,8 +190,10 @@ def test_two_workers_equal_one_in_every_layout(tmp_path):
 
 
 def test_four_workers_equal_one_in_layouts_of_two_dimensions(tmp_path):
+    store(CONFIGS[4], tmp_path)
     torch.multiprocessing.spawn(worker, args=(4, str(tmp_path)), nprocs=4)
-    results, _ = torch.load(tmp_path / "results.pt")
+    results, _, read = torch.load(tmp_path / "results.pt")
+    equal_the_stored(iter(read), LAYOUTS_OF_4, CONFIGS[4])
     equal_one_worker(iter(results), LAYOUTS_OF_4, CONFIGS[4])
 
 
