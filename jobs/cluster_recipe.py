@@ -97,7 +97,8 @@ def _need(job: str, settings: Any, *, gpus: bool) -> Need:
     else:
         device = getattr(settings, "device", "cpu")
         taken = float(device == "gpu" or (device == "auto" and gpus))
-        need = Need(job, settings, 1, 1.0, taken, spreads=job in _SPREADS)
+        copies = (settings.workers or 1) if job == "evaluate" else 1
+        need = Need(job, settings, copies, 1.0, taken, spreads=job in _SPREADS)
     need.paths = paths
     return need
 

@@ -12,6 +12,7 @@ import functools
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -53,7 +54,7 @@ class Tasks(TaskManager):
             return super().load(task_list)
         if names not in self._loaded:
             for name in names:
-                if name not in self.all_tasks:
+                if name not in self.all_tasks and not (name.endswith((".yaml", ".yml")) and os.path.isfile(name)):
                     raise SettingsError(f"tasks has {name!r}; the harness has no such task{_like(name, self)}")
             with _local_data(self.data_dir), _own_code_eval(self.code):
                 loaded = super().load(list(names))

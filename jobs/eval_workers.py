@@ -182,7 +182,8 @@ class ModelActor:
 class ManyModels:
     """Copies of one model in actors, which take the next items whenever they are done with theirs.
 
-    An actor that is lost is started again by Ray; what it had not answered is asked again, of whoever is free.
+    Those that find no room yet join when they do. An actor that is lost is started again by Ray; what it had not
+    answered is asked again, of whoever is free.
     """
 
     def __init__(self, actors: list[Any]) -> None:
@@ -192,13 +193,21 @@ class ManyModels:
         """Of the model."""
         import ray
 
-        return ray.get(self.actors[0].facts.remote())
+        return ray.get(self._first()[1])
 
     def validation(self, workspace: str, samples: int, batch: int) -> dict[str, float]:
         """The validation loss, of one of them."""
         import ray
 
-        return ray.get(self.actors[0].validation.remote(workspace, samples, batch))
+        return ray.get(self._first()[0].validation.remote(workspace, samples, batch))
+
+    def _first(self) -> tuple[Any, Any]:
+        """An actor that is there, and what it knows of the model."""
+        import ray
+
+        asked = {actor.facts.remote(): actor for actor in self.actors}
+        (answer, *_), _ = ray.wait(list(asked))
+        return asked[answer], answer
 
     def log_likelihoods(self, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """As of ``Workers``."""
@@ -285,6 +294,10 @@ def _feed(actor: Any, kind: str, requests: Sequence[Any], share: _Share, results
     from ray.exceptions import RayActorError
 
     lost, error = 0, None
+    try:
+        ray.get(actor.facts.remote())  # it takes nothing before it is there
+    except Exception as failure:
+        error = failure
     while error is None and (items := share.take()) is not None:
         left = dict.fromkeys(items)
         try:

@@ -164,7 +164,7 @@ class Scoring:
     """Which tasks of lm_eval to score a model on, and how."""
 
     tasks: list[str] | str = field(default_factory=list)
-    """Tasks or groups of the harness by name, such as `mmlu,gsm8k,gsm8k_cot,humaneval`."""
+    """Tasks or groups of the harness by name, such as `mmlu,gsm8k,gsm8k_cot,humaneval`, or YAML files of own ones."""
     data_dir: str | None = None
     """Folder with the data of mmlu (`mmlu/{dev,test}/SUBJECT_{dev,test}.csv`, with the columns question, choice0 to
     choice3, and answer, 0 to 3), gsm8k (`gsm8k/{train,test}.jsonl`) and humaneval (`humaneval/HumanEval.jsonl.gz`);
