@@ -156,6 +156,7 @@ def serving(settings: ServeJob, key: str) -> Iterator[str]:
         num_replicas=settings.replicas,
         ray_actor_options=options,
         max_ongoing_requests=waiting + 32,  # refused by the replica, in OpenAI's form
+        max_queued_requests=waiting + 32,
         graceful_shutdown_timeout_s=_GRACE,
         max_constructor_retry_count=2,
     )

@@ -1,5 +1,6 @@
 """`ingot serve`, by the official client: one server on the session's Ray, with a run put into a workspace by hand."""
 
+import asyncio
 import json
 import socket
 import time
@@ -18,10 +19,12 @@ from jobs import serve
 from jobs.generate import text as generated
 from jobs.run_folder import StoredRun
 from jobs.serve_api import ApiError, Limits, read_completion
+from jobs.serve_engine import Batcher
 from jobs.serve_text import Text
 from jobs.settings import GenerateJob, ServeJob, SettingsError
 from jobs.trained import load
 from models.config import ModelConfig, OptimizerConfig
+from models.generate import Sampling, Token
 from models.optimizer import build_optimizer
 from models.training import checkpoints
 from models.training.ledger import LEDGER, Entry, Ledger
@@ -225,7 +228,7 @@ def test_the_page_needs_no_key_and_nothing_from_elsewhere(server):
     with urllib.request.urlopen(server) as answer:
         page, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
     assert "Continue a text" in page
-    assert "http" not in page.replace("http-equiv", "")
+    assert "http" not in page
     assert policy.startswith("default-src 'none'")
 
 
@@ -276,6 +279,80 @@ def test_what_a_request_may_not_say(fields, param):
 def test_what_is_no_request(body):
     with pytest.raises(ApiError, match="JSON"):
         read_completion(body, "base", Limits(100, 8, 8, 1000))
+
+
+class OneToken:
+    """An engine that counts what it is asked, and fails when told to."""
+
+    slots, waiting, length = 1, 0, 8
+
+    def __init__(self):
+        self.texts, self.number, self.fails = [], 0, False
+
+    @property
+    def active(self):
+        return len(self.texts)
+
+    @property
+    def busy(self):
+        return bool(self.texts)
+
+    def submit(self, prompt, sampling):
+        self.number += 1
+        self.texts.append(self.number)
+        return self.number
+
+    def cancel(self, number):
+        self.texts.remove(number)
+
+    def step(self):
+        time.sleep(0.001)
+        if self.fails:
+            raise ValueError("out of memory")
+        return [Token(number, 65, -1.0) for number in self.texts]
+
+
+def test_texts_are_given_up_with_whoever_waits_for_them():
+    engine = OneToken()
+    batcher = Batcher(engine)
+
+    async def leave():
+        async with batcher.ask([([1], Sampling(8)), ([2], Sampling(8))]) as asking:
+            async for batch in asking.tokens():
+                assert {index for index, _ in batch} == {0, 1}
+                assert batcher.open == 2
+                break
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await batcher.call(lambda: None)  # everything before it is done
+
+    async def wait():
+        async with batcher.ask([([3], Sampling(8))]) as asking:
+            async for _ in asking.tokens():
+                pass
+
+    asyncio.run(leave())
+    assert (batcher.open, engine.active, engine.number) == (0, 0, 3)
+    batcher.close()
+
+
+def test_a_model_that_fails_is_told_to_all_and_to_ray():
+    engine = OneToken()
+    batcher = Batcher(engine)
+
+    async def ask():
+        async with batcher.ask([([1], Sampling(8))]) as asking:
+            async for _ in asking.tokens():
+                engine.fails = True
+
+    for _ in range(2):  # who waits, and who comes later
+        with pytest.raises(RuntimeError, match="the model failed"):
+            asyncio.run(ask())
+    replica = serve.Replica.__new__(serve.Replica)
+    replica.batcher = batcher
+    with pytest.raises(ValueError, match="out of memory"):
+        replica.check_health()
 
 
 TOKENS = [b"\xe6", b"\x9d\xb1", b"\xe4\xba\xac", b"a", b"b", b"ab", b" a", b"\xf0\x9f", b"\x99\x82", b"\xff"]
