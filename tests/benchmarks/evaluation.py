@@ -52,8 +52,7 @@ SHAPES = {
     "124m": PRESETS["124m"],
     "1b": PRESETS["1b"],
 }  # fmt: skip
-SHOTS = {"mmlu": 5, "gsm8k": 5}
-KINDS = {"mmlu": "loglikelihood", "gsm8k": "generate_until", "humaneval": "generate_until"}
+TASKS = ("mmlu", "gsm8k", "humaneval")
 
 
 def main() -> None:
@@ -61,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--parts", nargs="+", choices=("equal", "speed"), default=["equal", "speed"])
-    parser.add_argument("--tasks", nargs="+", choices=tuple(KINDS), help="equal: all; speed: mmlu and gsm8k")
+    parser.add_argument("--tasks", nargs="+", help=f"of {', '.join(TASKS)}, or a subject of MMLU such as mmlu_anatomy")
     parser.add_argument("--models", nargs="+", choices=("random", "trained"), default=["random", "trained"])
     parser.add_argument("--shape", choices=tuple(SHAPES), help="equal: tiny; speed: small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -78,6 +77,16 @@ def main() -> None:
                 equal(args, name, os.path.join(folder, name))
         if "speed" in args.parts:
             (speed if args.gpus == 1 else gpus)(args, os.path.join(folder, "speed"))
+
+
+def kind_of(task: str) -> str:
+    """The method of the harness's LM class that the task calls."""
+    return "loglikelihood" if task.startswith("mmlu") else "generate_until"
+
+
+def shots(task: str) -> int | None:
+    """Solved examples in front of a question."""
+    return None if task == "humaneval" else 5
 
 
 # Models
@@ -165,7 +174,7 @@ def equal(args: argparse.Namespace, name: str, folder: str) -> None:
     """Compare all items of the tasks on one model."""
     trained = make(args.shape or "tiny", args.data_dir, folder, args.device, name)
     mine, reference = ours(trained), theirs(trained, (args.batches or [16])[0])
-    for task in args.tasks or KINDS:
+    for task in args.tasks or TASKS:
         seconds, results = [], []
         for lm in (reference, mine):
             results.append(scored(lm, task, args.data_dir, args.limit))
@@ -181,7 +190,7 @@ def scored(lm: Any, task: str, data_dir: str, limit: int | None) -> dict[str, An
     from jobs.eval_code import CodeEval
     from jobs.eval_tasks import Tasks
 
-    kind = KINDS[task]
+    kind = kind_of(task)
     original, asked, seconds = getattr(lm, kind), [], []
 
     def recorded(requests: list[Any], **kwargs: Any) -> list[Any]:
@@ -198,7 +207,7 @@ def scored(lm: Any, task: str, data_dir: str, limit: int | None) -> dict[str, An
                 model=lm,
                 tasks=[task],
                 task_manager=Tasks(data_dir, CodeEval(allowed=True)),
-                num_fewshot=SHOTS.get(task),
+                num_fewshot=shots(task),
                 limit=limit,
                 bootstrap_iters=0,
                 confirm_run_unsafe_code=True,
@@ -213,7 +222,7 @@ def compare(title: str, trained: Any, task: str, reference: Any, a: dict[str, An
     assert [args for args, _ in a["asked"]] == [args for args, _ in b["asked"]], "the requests differ"
     pairs = [(args, x, y) for (args, x), (_, y) in zip(a["asked"], b["asked"], strict=True)]
     print(f"{title}: {len(pairs)} requests", flush=True)
-    if KINDS[task] == "loglikelihood":
+    if kind_of(task) == "loglikelihood":
         worst = max(abs(x[0] - y[0]) for _, x, y in pairs)
         over = sum(abs(x[0] - y[0]) > 1e-4 for _, x, y in pairs)
         flags = sum(x[1] != y[1] for _, x, y in pairs)
@@ -228,7 +237,7 @@ def compare(title: str, trained: Any, task: str, reference: Any, a: dict[str, An
     ]
     metrics = sum(any(one[m] != other[m] for m in one["metrics"]) for one, other in samples)
     extracted = 0
-    if KINDS[task] != "loglikelihood":
+    if kind_of(task) != "loglikelihood":
         extracted = sum(one["filtered_resps"] != other["filtered_resps"] for one, other in samples)
     print(f"  predictions: of {len(samples)}, {metrics} are scored differently, {extracted} extracted answers differ")
     names = [name for name in a["results"] if a["results"][name] != b["results"][name]]
@@ -267,7 +276,7 @@ def requests_of(task: str, data_dir: str, limit: int | None) -> list[Any]:
     found = []
     with quiet():
         for one in Tasks(data_dir).load([task])["tasks"].values():
-            one.set_config("num_fewshot", SHOTS[task])
+            one.set_config("num_fewshot", shots(task))
             one.set_fewshot_seed(1234)
             one.build_all_requests(limit=limit)
             found += one.instances
@@ -330,7 +339,7 @@ def speed(args: argparse.Namespace, folder: str) -> None:
     trained = make(shape, args.data_dir, folder, args.device, "initial", precision)
     batches = args.batches or ([16, 32, 64, 128] if args.device == "cuda" else [1, 4, 16])
     for task in args.tasks or ["mmlu", "gsm8k"]:
-        kind, requests = KINDS[task], requests_of(task, args.data_dir, args.limit)
+        kind, requests = kind_of(task), requests_of(task, args.data_dir, args.limit)
         mine = ours(trained)
         timed(mine, kind, requests[: len(requests) // 20 + 1])  # kernels are compiled at their first use
         mine._encode._line.cache_clear()
@@ -381,8 +390,8 @@ def gpus(args: argparse.Namespace, folder: str) -> None:
         with open_model(settings, args.device) as model:
             lm = IngotLM(model, tokenizer, length)
             for task, own in requests.items():
-                timed(lm, KINDS[task], own[: len(own) // 20 + 1])
-                seconds[task, count] = timed(lm, KINDS[task], own).clock
+                timed(lm, kind_of(task), own[: len(own) // 20 + 1])
+                seconds[task, count] = timed(lm, kind_of(task), own).clock
     for task in requests:
         one, several = seconds[task, 1], seconds[task, args.gpus]
         print(f"{task}, {shape}: {one:.1f} s on one, {several:.1f} s on {args.gpus}: {one / several:.2f} times as fast")
