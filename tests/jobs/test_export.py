@@ -18,7 +18,7 @@ from jobs.run_folder import StoredRun
 from jobs.settings import ExportJob, OfRun, PretrainJob, SettingsError, checked
 from jobs.trained import load
 from models.config import ModelConfig, OptimizerConfig, RopeScaling
-from models.generate import generate
+from models.generate import Engine, Sampling, generate
 from models.optimizer import build_optimizer
 from models.training import checkpoints
 from models.training.ledger import LEDGER, Entry, Ledger
@@ -120,6 +120,31 @@ def test_exported_folder_is_split_and_answers_as_the_run_in_transformers(workspa
     stop, size = {trained.tokenizer.eot_id}, trained.tokenizer.vocab_size
     ours = list(generate(trained.model, prompt, max_new_tokens=40, temperature=0, stop=stop, vocab_size=size))
     assert [token for token in theirs if token not in stop] == ours
+
+
+def test_greedy_text_of_200_prompts_is_transformers(workspace, tmp_path):
+    folder = str(tmp_path / "out")
+    export.run(ExportJob(workspace=workspace, output=folder))
+    trained = load(OfRun(workspace=workspace))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = trained.tokenizer.encode(TEXT * 8)
+    eot, engine = trained.tokenizer.eot_id, Engine(trained.model, slots=50, vocab_size=trained.tokenizer.vocab_size)
+    prompts = {}
+    for length in range(4, 24):  # ten of each length, so that transformers need not pad
+        same = [[eot, *ids[start : start + length]] for start in range(length, length + 10)]
+        for prompt in same:
+            prompts[engine.submit(prompt, Sampling(24, stop=frozenset({eot})))] = prompt
+    ours = {request: [] for request in prompts}
+    while engine.busy:
+        for token in engine.step():
+            ours[token.request] += [] if token.token is None else [token.token]
+    requests = list(prompts)
+    for same in (requests[i : i + 10] for i in range(0, 200, 10)):
+        batch = torch.tensor([prompts[request] for request in same])
+        theirs = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=24)
+        for request, row in zip(same, theirs[:, batch.shape[1] :].tolist(), strict=True):
+            assert ours[request] == (row[: row.index(eot)] if eot in row else row)
+    assert len(ours) == 200
 
 
 def test_what_is_read_back_and_written_again_is_equal_byte_for_byte(workspace, tmp_path):
