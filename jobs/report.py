@@ -157,6 +157,8 @@ def _headline(facts: dict[str, Any], history: History, events: list[dict[str, An
     starts = [event["time"] for event in events if event["event"] == "start"] or [facts.get("started")]
     if starts[0]:
         lines.append(f"started {_date(starts[0])}")
+    if source := facts.get("init_from"):
+        lines.append(f"went on from {source['model']}")
     if "world_size" in facts:
         lines.append(f"{counted(facts['world_size'], 'worker')} on {facts['device']}")
     if live:
