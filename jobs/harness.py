@@ -60,7 +60,7 @@ class LocalWorkers:
         self.trained = trained
         self.tokens_per_batch = tokens_per_batch or (8192 if on_cpu else 65536)
         self.slots = slots
-        self._text = TextOf(trained.tokenizer)
+        self._decoder = _Decoder(trained.tokenizer)
         self._engine: Engine | None = None
 
     def log_likelihoods(self, requests: Sequence[Request]) -> Iterator[tuple[int, tuple[float, bool]]]:
@@ -86,29 +86,23 @@ class LocalWorkers:
         engine = self._engine_for(requests)
         # those that begin alike one after another: the engine reads a common beginning once
         waiting = sorted(range(len(requests)), key=lambda i: list(requests[i][0]), reverse=True)
-        running: dict[int, tuple[int, list[int], int]] = {}
+        running: dict[int, tuple[int, _Text]] = {}
         try:
             while waiting or engine.busy:
                 while waiting and engine.waiting < engine.slots:
                     index = waiting.pop()
                     prompt, until, sampling = requests[index]
-                    # a token is a byte at least: what is added last lies within so many
-                    window = max((len(u.encode()) for u in until), default=0) + 4
-                    running[engine.submit(prompt, sampling)] = index, [], window
+                    running[engine.submit(prompt, sampling)] = index, _Text(self._decoder, until)
                 for token in engine.step():
                     if token.request not in running:
                         continue
-                    index, tokens, window = running[token.request]
-                    if token.token is not None:
-                        tokens.append(token.token)
-                    until = requests[index][1]
-                    ended = token.finished is not None
-                    if not ended and self._text.contains(tokens[-window:], until):
+                    index, text = running[token.request]
+                    stopped = token.token is not None and text.add(token.token)
+                    if stopped and token.finished is None:
                         engine.cancel(token.request)
-                        ended = True
-                    if ended:
+                    if stopped or token.finished is not None:
                         del running[token.request]
-                        yield index, cut(self._text(tokens), until)
+                        yield index, text.cut()
         finally:
             for request in running:
                 engine.cancel(request)
@@ -136,28 +130,47 @@ def _slots(model: Any, length: int, device: Any) -> int:
     return max(1, min(256, torch.cuda.mem_get_info(device)[0] // 2 // size))
 
 
-class TextOf:
-    """Decodes as the harness does: special tokens are left out, but may be stop strings."""
+class _Decoder:
+    """Tokens to text as the harness has it: special tokens are left out, but may be stop strings."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode = tokenizer.backend.decode
-
-    def __call__(self, tokens: Sequence[int]) -> str:
-        """Text of token ids."""
-        return self._decode(list(tokens), skip_special_tokens=True)
-
-    def contains(self, tokens: Sequence[int], strings: Sequence[str]) -> bool:
-        """Whether the text, with special tokens as they are written, contains one of the strings."""
-        text = self._decode(list(tokens), skip_special_tokens=False)
-        return any(string in text for string in strings if string)
+        backend = tokenizer.backend
+        special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.decode = backend.decode
+        self.written = [
+            special[i].encode() if i in special else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
+        ]
 
 
-def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the strings that end it."""
-    for string in until:
-        if string:
+class _Text:
+    """A text that grows by tokens until it contains one of some strings."""
+
+    def __init__(self, decoder: _Decoder, until: Sequence[str]) -> None:
+        self.decoder = decoder
+        self.until = [string for string in until if string]
+        self.tokens: list[int] = []
+        self._ends = [string.encode() for string in self.until]
+        self._longest = max(map(len, self._ends), default=0)
+        self._tail = b""
+
+    def add(self, token: int) -> bool:
+        """Whether the text contains one of the strings now."""
+        self.tokens.append(token)
+        if token < len(self.decoder.written):  # the embedding may have more rows than there are tokens
+            self._tail += self.decoder.written[token]
+        found = any(end in self._tail for end in self._ends)
+        self._tail = self._tail[-self._longest :]
+        if not found:  # of bytes, which is quick
+            return False
+        last = self.decoder.decode(self.tokens[-self._longest - 4 :], skip_special_tokens=False)
+        return any(string in last for string in self.until)
+
+    def cut(self) -> str:
+        """The text before the strings."""
+        text = self.decoder.decode(self.tokens, skip_special_tokens=True)
+        for string in self.until:
             text = text.split(string)[0]
-    return text
+        return text
 
 
 class IngotLM(TemplateLM):
