@@ -248,6 +248,11 @@ class Api:
             raise ApiError(500, "the model failed")
         return StreamingResponse(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
+    def token_name(self, token: int) -> str:
+        """How a token is told: its text, and where that is none, as of special ones, its name."""
+        data = self.trained.tokenizer.token_bytes(token)
+        return token_text(data) if data else self.trained.tokenizer.backend.id_to_token(token) or ""
+
     def _texts(self, asked: Completion) -> list[tuple[list[int], Sampling, str]]:
         """Token ids of each choice's prompt, how it is continued, and the prompt as text."""
         tokenizer = self.trained.tokenizer
@@ -291,7 +296,10 @@ class _Answer:
         self.api, self.asked, self.texts = api, asked, texts
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         token_bytes = api.trained.tokenizer.token_bytes
-        self.choices = [Text(token_bytes, asked.stop, len(text) if asked.echo else 0) for _, _, text in texts]
+        end = api.trained.tokenizer.eot_id
+        self.choices = [
+            Text(token_bytes, api.token_name, asked.stop, len(text) if asked.echo else 0, end) for _, _, text in texts
+        ]
         self.generated = 0
 
     async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
@@ -327,7 +335,7 @@ class _Answer:
         ids, _, text = self.texts[index]
         if self.asked.logprobs is None:
             return Piece(text, [], "length" if self.asked.max_tokens == 0 else None)
-        trained, top = self.api.trained, self.asked.logprobs
+        trained, top, name = self.api.trained, self.asked.logprobs, self.api.token_name
         token_bytes, vocab_size = trained.tokenizer.token_bytes, trained.tokenizer.vocab_size
         scores = await self.api.batcher.call(lambda: prompt_scores(trained.model, ids, max(top, 1), vocab_size))
         # what a text begins with is not a part of it
@@ -335,9 +343,9 @@ class _Answer:
         first: list[tuple[int, tuple[Any, Any]]] = [] if of_text else [(ids[0], (None, None))]
         tokens, before = [], b""
         for token, (log_probability, others) in [*first, *zip(ids[1:], scores, strict=True)]:
-            alternatives = None if others is None else {token_text(token_bytes(i)): value for i, value in others}
+            alternatives = None if others is None else {name(i): value for i, value in others}
             offset = len(before.decode("utf-8", "ignore"))
-            tokens.append(Scored(token_text(token_bytes(token)), log_probability, alternatives, offset))
+            tokens.append(Scored(name(token), log_probability, alternatives, offset))
             before += token_bytes(token)
         return Piece(text, tokens, "length" if self.asked.max_tokens == 0 else None)
 

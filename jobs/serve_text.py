@@ -39,11 +39,21 @@ class Text:
 
     Args:
         token_bytes: of a token's id; half characters are kept until the other half comes.
+        name: of a token's id, how it is told.
         stop: strings that end the text, and are not a part of it.
         offset: characters before the continuation.
+        end: the token that ends a text; told, though it has no characters.
     """
 
-    def __init__(self, token_bytes: Callable[[int], bytes], stop: Sequence[str] = (), offset: int = 0):
+    def __init__(
+        self,
+        token_bytes: Callable[[int], bytes],
+        name: Callable[[int], str],
+        stop: Sequence[str] = (),
+        offset: int = 0,
+        end: int | None = None,
+    ):
+        self._name, self._end = name, end
         self._token_bytes, self._stop = token_bytes, [text for text in stop if text]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # could be the beginning of a stop string
@@ -59,13 +69,14 @@ class Text:
         finished: Literal["stop", "length"] | None = None,
     ) -> Piece:
         """What can be given out after one more token, or with None after the end; sets ``finish_reason``."""
-        if token is not None:
-            data = self._token_bytes(token)
-            alternatives = {token_text(self._token_bytes(other)): value for other, value in top}
-            alternatives.setdefault(token_text(data), log_probability)
+        told = self._end if token is None else token
+        if told is not None:
+            alternatives = {self._name(other): value for other, value in top}
+            alternatives.setdefault(self._name(told), log_probability)
             offset = self._given + len(self._held)
-            self._tokens.append(Scored(token_text(data), log_probability, alternatives, offset))
-            self._held += self._decoder.decode(data)
+            self._tokens.append(Scored(self._name(told), log_probability, alternatives, offset))
+        if token is not None:
+            self._held += self._decoder.decode(self._token_bytes(token))
         if finished:
             self._held += self._decoder.decode(b"", final=True)
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
@@ -75,8 +86,9 @@ class Text:
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         self._given += len(text)
         self.finish_reason = finished
-        # a token belongs to the text where its first character does
-        ready = sum(token.offset < self._given for token in self._tokens)
+        # a token belongs to the text where its first character does; the one that ends a text comes with its last
+        whole = bool(finished) and not found
+        ready = sum(whole or token.offset < self._given for token in self._tokens)
         tokens, self._tokens = self._tokens[:ready], self._tokens[ready:]
         return Piece(text, tokens, finished)
 
@@ -90,7 +102,7 @@ class Text:
 
 
 def token_text(data: bytes) -> str:
-    """A token as OpenAI writes it."""
+    """A token's bytes as OpenAI writes them."""
     try:
         return data.decode()
     except UnicodeDecodeError:

@@ -365,7 +365,7 @@ TOKENS = [b"\xe6", b"\x9d\xb1", b"\xe4\xba\xac", b"a", b"b", b"ab", b" a", b"\xf
 @settings(max_examples=300, deadline=None)
 def test_text_comes_whole_and_ends_before_the_first_stop_string(tokens, stop):
     """Whatever the tokens cut apart: the pieces add up to the text, and none shows what is taken back later."""
-    text, pieces, seen = Text(TOKENS.__getitem__, stop, offset=5), [], []
+    text, pieces, seen = Text(TOKENS.__getitem__, str, stop, offset=5), [], []
     for token in [*tokens, None]:
         piece = text.add(token, finished="length" if token is None else None)
         pieces.append(piece.text)
@@ -385,4 +385,15 @@ def test_text_comes_whole_and_ends_before_the_first_stop_string(tokens, stop):
         assert min(begins) <= len(got) < min(ends)
         assert not any(s in got for s in stop)
     assert [t.offset for t in seen] == sorted(t.offset for t in seen)
-    assert all(5 <= t.offset < 5 + max(len(got), 1) for t in seen)
+    assert [t.text for t in seen] == [str(t) for t in tokens[: len(seen)]]
+    assert all(5 <= t.offset <= 5 + len(got) for t in seen)
+    assert ends or len(seen) == len(tokens)
+
+
+def test_the_token_that_ends_a_text_is_told_without_a_character():
+    text = Text(TOKENS.__getitem__, {3: "a", 9: "<end>"}.__getitem__, ["ab"], end=9)
+    assert text.add(3, -1.0).text == ""  # could become "ab"
+    piece = text.add(None, -2.0, [(9, -2.0), (3, -3.0)], "stop")
+    assert (piece.text, piece.finish_reason) == ("a", "stop")
+    assert [(t.text, t.log_probability, t.offset) for t in piece.tokens] == [("a", -1.0, 0), ("<end>", -2.0, 1)]
+    assert piece.tokens[1].top == {"<end>": -2.0, "a": -3.0}
