@@ -143,7 +143,7 @@ class _Kept:
             self.results = dict(self.before.get(self.model, {}))
             if self.results:
                 log.info("generate: goes on after %d of %d prompts", len(self.results), self.total)
-            self.began = time.monotonic()
+            self.began = self.told = time.monotonic()
             return
         self.new.append(line)
         self.results[said.pop("index")] = said

@@ -7,10 +7,11 @@ equal   200 prompts of 1 to 300 tokens, 16 at a time, against transformers' gree
         prompts then are from the documentation of Python's modules. On the GPU where there is one, else on the CPU.
 graph   GPU: the compiled, recorded step against the plain one, both in fp32, on prompts of 1 to 600 tokens that come
         and go.
-speed   GPU: tokens/s in bf16, reading prompts included, against transformers' generate (bf16, its default cache and
-        attention) with the same batch. "plain" is one batch of prompts of 256 random tokens, continued by 256; "shared"
-        is what a few-shot benchmark asks: four batches of prompts that share 1000 tokens and end in 40 to 200 of their
-        own, continued by 30 to 256, where transformers goes on until the longest text of a batch has ended.
+speed   tokens/s, reading prompts included, against transformers' generate with its default cache and attention and the
+        same batch; in bf16 on a GPU, in fp32 on the CPU (where --shape nano --batch 16 takes a minute). "plain" is one
+        batch of prompts of 256 random tokens, continued by 256; "shared" is what a few-shot benchmark asks: four
+        batches of prompts that share up to 1000 tokens and end in 40 to 200 of their own, continued by 30 to 256, where
+        transformers goes on until the longest text of a batch has ended.
 
 Where tokens differ, the gap between the two likeliest tokens' logits at the first that does is printed: by rounding
 alone, tokens whose gap is some 1e-5 may.
@@ -150,16 +151,18 @@ def graph() -> None:
         compare(f"graph, {name}", model, prompts, fast, plain)
 
 
-def speed(shape: str, batches: list[int]) -> None:
+def speed(shape: str, batches: list[int], device: str) -> None:
     """Tokens a second."""
-    model = parallelize(Transformer(PRESETS[shape], seed=0), None, "cuda").eval()
-    theirs = in_transformers(model, torch.bfloat16)
+    on_gpu = device == "cuda"
+    model = parallelize(Transformer(PRESETS[shape], seed=0), None, device).eval()
+    theirs = in_transformers(model, torch.bfloat16 if on_gpu else torch.float32)
     draws = random.Random(0)
 
     def ids(count: int) -> list[int]:
         return [draws.randrange(model.config.vocab_size) for _ in range(count)]
 
-    print(f"{shape} on {torch.cuda.get_device_name()}, bf16, thousand tokens/s")
+    where = f"{torch.cuda.get_device_name()}, bf16" if on_gpu else f"{torch.get_num_threads()} cores, fp32"
+    print(f"{shape} on {where}, thousand tokens/s")
     for batch in batches:
         plain = [(ids(256), Sampling(256)) for _ in range(batch)]
         length = min(1456, model.config.max_seq_len)
@@ -199,8 +202,8 @@ def _their_batches(
     for start in range(0, len(requests), batch):
         some = requests[start : start + batch]
         longest = max(len(prompt) for prompt, _ in some)
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in some], device="cuda")
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p, _ in some], device="cuda")
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in some], device=theirs.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p, _ in some], device=theirs.device)
         new = max(sampling.max_new_tokens for _, sampling in some)
         theirs.generate(
             ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, do_sample=False, pad_token_id=0
@@ -208,10 +211,11 @@ def _their_batches(
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     began = time.perf_counter()
     work()
-    torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - began
 
 
@@ -232,7 +236,7 @@ def main() -> None:
         graph()
     if "speed" in asked.parts:
         for shape in asked.shape:
-            speed(shape, asked.batch)
+            speed(shape, asked.batch, "cuda" if has_gpu else "cpu")
 
 
 if __name__ == "__main__":
