@@ -125,9 +125,21 @@ def enter_namespaces(root: str, readable: Iterable[str], *, disk: int, files: in
                 file.write(text)
     else:  # root where user namespaces are switched off
         _checked(_libc.unshare(others))
-    read_only, no_suid, no_dev, no_exec, bind, recursive, private = 1, 2, 4, 8, 4096, 16384, 1 << 18
-    _mount(None, "/", None, recursive | private)
-    _mount("tmpfs", root, "tmpfs", no_suid | no_dev, "size=1m,mode=755")
+    _mount(None, "/", None, 16384 | 1 << 18)  # MS_REC, MS_PRIVATE: nothing of this is seen outside
+    _mount("tmpfs", root, "tmpfs", 2 | 4, "size=1m,mode=755")  # MS_NOSUID, MS_NODEV
+    try:
+        _build_tree(root, readable, disk=disk, files=files)
+    except OSError:
+        os.chdir("/")
+        _libc.umount2(os.fsencode(root), 2)
+        raise
+    _checked(_libc.umount2(b".", 2))  # MNT_DETACH: the tree of before, which lies over the new one
+    os.chdir("/scratch")
+
+
+def _build_tree(root: str, readable: Iterable[str], *, disk: int, files: int) -> None:
+    """Fill the tree below ``root`` and make it this process's."""
+    read_only, no_suid, no_dev, no_exec, bind, recursive = 1, 2, 4, 8, 4096, 16384
     bound: list[str] = []
     for path in sorted({os.path.abspath(p) for p in readable if os.path.exists(p)}, key=len):
         if any(path == b or path.startswith(f"{b}/") for b in bound):
@@ -144,8 +156,6 @@ def enter_namespaces(root: str, readable: Iterable[str], *, disk: int, files: in
     _mount(None, root, None, 32 | read_only | no_suid | no_dev)  # MS_REMOUNT
     os.chdir(root)
     _call(_PIVOT_ROOT, ctypes.c_char_p(b"."), ctypes.c_char_p(b"."))
-    _checked(_libc.umount2(b".", 2))  # MNT_DETACH: the tree of before, which lay over the new one
-    os.chdir("/scratch")
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
