@@ -80,7 +80,8 @@ tokenizer = AutoTokenizer.from_pretrained("{where}")
     tokenizer = trained.tokenizer
     begin = json.dumps(tokenizer.backend.id_to_token(tokenizer.bos_id))
     end = json.dumps(tokenizer.backend.id_to_token(tokenizer.eot_id))
-    text += f"\n\nA text begins with {begin} and ends with {end}; the tokenizer adds neither."
+    added = "the first of them" if tokenizer.backend.encode("").ids else "neither"
+    text += f"\n\nA text begins with {begin} and ends with {end}; the tokenizer adds {added} by itself."
     if not tokenizer.config or tokenizer.config.get("split_special_tokens"):
         text += " Special tokens that are written out in a text are text, unless it is loaded with "
         text += "`split_special_tokens=False`."
