@@ -302,14 +302,26 @@ def timed(lm: Any, kind: str, requests: list[Any]) -> Seconds:
     return Seconds(time.monotonic() - began, time.process_time() - cpu)
 
 
+def warm_up(lm: Any, kind: str, requests: list[Any]) -> None:
+    """Have kernels compiled and memory laid out: the longest request and some others."""
+    longest = max(requests, key=lambda one: len(one.args[0]))
+    timed(lm, kind, [longest, *requests[: len(requests) // 20]])
+
+
+def spread(requests: list[Any], parts: int) -> list[Any]:
+    """One of so many questions of MMLU, each with its four choices, from all over."""
+    return [one for start in range(0, len(requests), 4 * parts) for one in requests[start : start + 4]]
+
+
 def of_text(lm: Any, kind: str, requests: list[Any]) -> Seconds:
-    """Seconds of those that the text takes: all but the model's work."""
+    """Seconds of those that the text takes, all but the model's work: ten times those of a tenth."""
     if kind != "loglikelihood":
         return Seconds(0.0, 0.0)
+    requests = spread(requests, 10)
     original = lm._loglikelihood_tokens
     lm._loglikelihood_tokens = lambda tokens, **_: [(0.0, False)] * len(tokens)
     try:
-        return timed(lm, kind, requests)
+        return Seconds(*(10 * seconds for seconds in timed(lm, kind, requests)))
     finally:
         lm._loglikelihood_tokens = original
 
@@ -317,10 +329,10 @@ def of_text(lm: Any, kind: str, requests: list[Any]) -> Seconds:
 def fastest(trained: Any, kind: str, requests: list[Any], batches: list[int]) -> Any:
     """HFLM at the batch size that is fastest on some of the requests."""
     lm, best = theirs(trained, batches[0]), (Seconds(float("inf"), float("inf")), 0)
-    # far apart, so of different lengths; questions whole
-    step = max(1, len(requests) // 4 // (2 * batches[-1])) * 4
-    some = [one for start in range(0, len(requests), step) for one in requests[start : start + 4]]
-    some = some if kind == "loglikelihood" else requests[: batches[-1]]
+    largest = batches[-1]
+    some = requests[:largest]
+    if kind == "loglikelihood":
+        some = spread(requests, max(1, len(requests) // (8 * largest)))
     timed(lm, kind, some[: batches[0]])
     for batch in batches:
         lm.batch_size_per_gpu = batch
@@ -332,22 +344,31 @@ def fastest(trained: Any, kind: str, requests: list[Any], batches: list[int]) ->
     return lm
 
 
+def timed_in_memory(lm: Any, kind: str, requests: list[Any]) -> Seconds:
+    """Seconds at the largest batch size, of those that halve the given one, at which the longest requests fit."""
+    while True:
+        try:
+            return timed(lm, kind, requests)
+        except torch.OutOfMemoryError:
+            lm.batch_size_per_gpu //= 2
+
+
 def speed(args: argparse.Namespace, folder: str) -> None:
     """Seconds of both, and their ratio."""
     shape = args.shape or "small"
     precision = "bf16" if args.device == "cuda" else "fp32"
     trained = make(shape, args.data_dir, folder, args.device, "initial", precision)
-    batches = args.batches or ([16, 32, 64, 128] if args.device == "cuda" else [1, 4, 16])
+    batches = args.batches or ([32, 64, 128] if args.device == "cuda" else [1, 4, 16])
     for task in args.tasks or ["mmlu", "gsm8k"]:
         kind, requests = kind_of(task), requests_of(task, args.data_dir, args.limit)
         mine = ours(trained)
-        timed(mine, kind, requests[: len(requests) // 20 + 1])  # kernels are compiled at their first use
+        warm_up(mine, kind, requests)
         mine._encode._line.cache_clear()
         own = timed(mine, kind, requests)
         own_text = of_text(mine, kind, requests)
         del mine
         lm = fastest(trained, kind, requests, batches)
-        other, other_text = timed(lm, kind, requests), of_text(lm, kind, requests)
+        other, other_text = timed_in_memory(lm, kind, requests), of_text(lm, kind, requests)
         print(
             f"{task}, {shape} on {device_name(args.device)}: {len(requests)} requests; HFLM {other.clock:.1f} s (batch "
             f"{lm.batch_size_per_gpu}; {other_text.clock:.1f} s of it tokenization), Ingot {own.clock:.1f} s "
@@ -390,7 +411,7 @@ def gpus(args: argparse.Namespace, folder: str) -> None:
         with open_model(settings, args.device) as model:
             lm = IngotLM(model, tokenizer, length)
             for task, own in requests.items():
-                timed(lm, kind_of(task), own[: len(own) // 20 + 1])
+                warm_up(lm, kind_of(task), own)
                 seconds[task, count] = timed(lm, kind_of(task), own).clock
     for task in requests:
         one, several = seconds[task, 1], seconds[task, args.gpus]
