@@ -154,9 +154,9 @@ def _stops(stop: Any) -> tuple[str, ...]:
 def _prompts(prompt: Any) -> list[str | list[int]]:
     """A text, texts, token ids, or lists of them: always as a list of prompts."""
     if isinstance(prompt, str):
-        return [prompt]
+        prompt = [prompt]
     if isinstance(prompt, list) and prompt:
-        if all(isinstance(item, str) for item in prompt):
+        if all(isinstance(item, str) and _is_text(item) for item in prompt):
             return prompt
         lists = prompt if isinstance(prompt[0], list) else [prompt]
         if all(isinstance(ids, list) and ids and all(type(i) is int for i in ids) for ids in lists):
@@ -164,14 +164,13 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     raise ApiError(400, "prompt has to be a string, token ids, or a list of either", param="prompt")
 
 
-@dataclass
-class _Choice:
-    """A text that is being answered."""
-
-    text: Text
-    prompt: list[int]
-    offset: int
-    generated: int = 0
+def _is_text(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, which JSON can say."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Api:

@@ -251,6 +251,7 @@ def test_it_refuses_to_start_without_a_key_or_a_port(workspace, monkeypatch):
         ({"prompt": ["a", 1]}, "prompt"),
         ({"prompt": [[1], "a"]}, "prompt"),
         ({"prompt": [True]}, "prompt"),
+        ({"prompt": "half a pair \ud800"}, "prompt"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "a", "max_tokens": 101}, "max_tokens"),
         ({"prompt": "a", "max_tokens": 1.5}, "max_tokens"),
