@@ -326,6 +326,7 @@ def test_texts_are_given_up_with_whoever_waits_for_them():
         task = asyncio.create_task(wait())
         await asyncio.sleep(0.05)
         task.cancel()
+        await asyncio.wait([task])
         await batcher.call(lambda: None)  # everything before it is done
 
     async def wait():
