@@ -52,7 +52,7 @@ def batches(
     """Batches of all requests, neighbours in the order of their tokens together.
 
     Args:
-        requests: contexts and continuations.
+        requests: contexts and continuations, at least one.
         tokens: in a batch at most; a longer sequence is one of its own.
         max_seq_len: tokens that a context and its continuation, less the last token, may have.
         vocab_size: ids are below this.
@@ -62,8 +62,6 @@ def batches(
         ValueError: a request is empty, too long, or has ids outside the vocabulary.
     """
     sequences = _sequences(requests, max_seq_len, vocab_size, vocab_size if targets_below is None else targets_below)
-    if not sequences:
-        return
     for part in _parts(_tree(sequences), tokens):
         yield _pack(part, sequences)
 

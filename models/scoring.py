@@ -44,6 +44,8 @@ def log_likelihoods(
     Raises:
         ValueError: a request is empty, too long, or has ids outside the vocabulary.
     """
+    if not requests:
+        return
     config = model.config
     with torch.inference_mode():
         weights = [_Layer.of(model, i) for i in range(len(model.layers))]
