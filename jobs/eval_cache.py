@@ -107,13 +107,15 @@ class CachedWorkers:
         self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
         """As of ``Workers``; equal requests are one."""
-        keys = [_key("l", context, continuation) for context, continuation in requests]
+        key = _Keys("l")
+        keys = [key(context, continuation) for context, continuation in requests]
         for index, value in self._missing(keys, requests, self.workers.log_likelihoods, "log-likelihoods"):
             yield index, (value[0], bool(value[1]))
 
     def generate(self, requests: Sequence[tuple[Sequence[int], Sequence[str], Any]]) -> Iterator[tuple[int, Any]]:
         """As of ``Workers``; equal requests, seed included, are one."""
-        keys = [_key("g", prompt, (), [list(until), _plain(sampling)]) for prompt, until, sampling in requests]
+        key = _Keys("g")
+        keys = [key(prompt, (), [list(until), _plain(sampling)]) for prompt, until, sampling in requests]
         yield from self._missing(keys, requests, self.workers.generate, "texts")
 
     def _missing(self, keys: list[str], requests: Sequence[Any], work: Any, what: str) -> Iterator[tuple[int, Any]]:
@@ -154,9 +156,19 @@ def _plain(sampling: Any) -> dict[str, Any]:
     return {name: sorted(v) if isinstance(v, frozenset) else v for name, v in dataclasses.asdict(sampling).items()}
 
 
-def _key(kind: str, first: Sequence[int], second: Sequence[int], more: Any = None) -> str:
-    """16 bytes of a hash as hex digits."""
-    digest = hashlib.blake2b(f"{kind}{len(first)} {len(second)} {json.dumps(more)}".encode(), digest_size=16)
-    digest.update(array("q", first).tobytes())
-    digest.update(array("q", second).tobytes())
-    return digest.hexdigest()
+class _Keys:
+    """16 bytes of a hash as hex digits, for each request; what follows the one before on its context is cheap."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.first: Sequence[int] | None = None
+        self.begun: Any = None
+
+    def __call__(self, first: Sequence[int], second: Sequence[int], more: Any = None) -> str:
+        if first is not self.first:
+            self.begun = hashlib.blake2b(f"{self.kind} {len(first)} ".encode(), digest_size=16)
+            self.begun.update(array("q", first).tobytes())
+            self.first = first
+        digest = self.begun.copy()
+        digest.update(array("q", second).tobytes() + json.dumps(more).encode())
+        return digest.hexdigest()

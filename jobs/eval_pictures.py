@@ -35,7 +35,7 @@ def group_picture(scores: list[Row], task: str) -> str:
     for block in blocks:
         columns[1 if len(columns[0]) + len(block) / 2 > half and columns[0] else 0] += block
     shown = [row for column in columns for row in column]
-    longest = max([1.0, *(row["value"] for row in shown)])
+    longest = max(1e-9, *(max(row["value"] + (row["stderr"] or 0), row.get("chance") or 0) for row in shown))
     parts = []
     for place, column in enumerate(columns):
         for line, row in enumerate(column):
@@ -67,7 +67,8 @@ def _bar(row: Row, x: float, y: float, scale: float) -> list[str]:
         at = x + chance * scale
         out.append(f'<line class="undone dashed" x1="{at:.1f}" x2="{at:.1f}" y1="{y}" y2="{y + _LINE}"/>')
     shown = f"{value:.1%}" if row["metric"].startswith(("acc", "exact_match", "pass@")) else number(value)
-    return [*out, f'<text class="ink" x="{max(end, high) + 6:.1f}" y="{y + 13}">{shown}</text></g>']
+    after = max(end, high, x + (chance or 0) * scale) + 6
+    return [*out, f'<text class="ink" x="{after:.1f}" y="{y + 13}">{shown}</text></g>']
 
 
 def _blocks(scores: list[Row], task: str) -> list[list[Row]]:
@@ -114,9 +115,10 @@ def curves_picture(checkpoints: list[tuple[int, list[Row]]]) -> str:
         errors = np.array([row["stderr"] or 0.0 for _, row in points])
         low, high = float((values - errors).min()), float((values + errors).max())
         pad = 0.08 * (high - low) or 0.05
+        low = low - pad if values.min() < 0 else max(low - pad, 0.0)
         title = f"{task} {metric}" + ("" if filtered == "none" else f", {filtered}")
         title += f" ({shots or 0}-shot, {items:,} questions)" if items else f" ({shots or 0}-shot)"
-        plot = Plot(title, ends, (low - pad, high + pad), 62, 944, top, top + _CURVE, now=f"{values[-1]:.4f}")
+        plot = Plot(title, ends, (low, high + pad), 62, 944, top, top + _CURVE, now=f"{values[-1]:.4f}")
         plot.band(steps, values - errors, values + errors, "train")
         plot.line(steps, values, "train")
         notes = [f"step {step:,}: {row['value']:.4f} ± {row['stderr'] or 0:.4f}" for step, row in points]
