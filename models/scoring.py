@@ -134,14 +134,10 @@ class _Scores:
 
 def _score(model: Transformer, weights: list[_Layer], head: Tensor, batch: Batch, vocab_size: int | None) -> _Scores:
     device = head.device
-
-    def put(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-    asked = put(batch.asked)
-    hidden = _hidden(model, weights, put(batch.tokens), put(batch.positions), asked, _attention(batch, head, model))
-    after, targets = put(batch.after), put(batch.targets)
+    tokens, positions, asked, after, targets = (
+        _put(array, device) for array in (batch.tokens, batch.positions, batch.asked, batch.after, batch.targets)
+    )
+    hidden = _hidden(model, weights, tokens, positions, asked, _attention(batch, head, model))
     log_probabilities, likeliest = [], []
     chunk = default_chunk(device, len(head))
     for start in range(0, len(hidden), chunk):
@@ -151,6 +147,11 @@ def _score(model: Transformer, weights: list[_Layer], head: Tensor, batch: Batch
         log_probabilities.append(logits[row, target] - logits.logsumexp(1)[row])
         likeliest.append(logits.argmax(1)[row] == target)
     return _Scores(batch.requests, torch.cat(log_probabilities), torch.cat(likeliest))
+
+
+def _put(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _hidden(
@@ -202,14 +203,13 @@ class _Packed(_Attention):
 
     def _lengths(self, segments: list[Segment]) -> tuple[Tensor, int]:
         lengths = np.array([stop - start for start, stop in segments])
-        ends = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
-        return ends.pin_memory().to(self.device, non_blocking=True), int(lengths.max())
+        ends = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+        return _put(ends, self.device), int(lengths.max())
 
     def _rows(self, segments: list[Segment]) -> slice | Tensor:
         if all(a[1] == b[0] for a, b in itertools.pairwise(segments)):
             return slice(segments[0][0], segments[-1][1])
-        rows = torch.from_numpy(np.concatenate([np.arange(*segment) for segment in segments]))
-        return rows.pin_memory().to(self.device, non_blocking=True)
+        return _put(np.concatenate([np.arange(*segment) for segment in segments]), self.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ends, longest = self.nodes
@@ -238,8 +238,8 @@ class _Padded(_Attention):
         for start, lengths in _alike(batch.nodes):
             index = start[:, None] + np.arange(lengths.max())
             inside = np.arange(lengths.max()) < lengths[:, None]
-            rows = torch.from_numpy(np.minimum(index, len(batch.tokens) - 1)).to(device)
-            self.groups.append((rows, torch.from_numpy(np.flatnonzero(inside)).to(device)))
+            rows = np.minimum(index, len(batch.tokens) - 1)
+            self.groups.append((_put(rows, device), _put(np.flatnonzero(inside), device)))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         of_kv = q.shape[1] // k.shape[1]

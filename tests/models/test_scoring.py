@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from models import scoring
 from models.config import ModelConfig
 from models.hugging_face import save_pretrained
 from models.parallel import parallelize
@@ -72,6 +73,32 @@ def test_log_likelihoods_and_greedy_flags_equal_those_of_transformers(tmp_path, 
     for tokens in (1, 300, 10**6):
         found = scores(model, asked, tokens)
         assert [flag for _, flag in found] == [flag for _, flag in expected]
+        torch.testing.assert_close([x for x, _ in found], [x for x, _ in expected], rtol=1e-6, atol=1e-4)
+
+
+def attention_of_lengths(q, k, v, q_ends, k_ends, q_longest, k_longest, *, causal):
+    """What FlashAttention's kernel for sequences of different lengths gives, in fp32 by plain products."""
+    assert (q_ends.diff().max(), k_ends.diff().max()) == (q_longest, k_longest)
+    assert (q_ends[-1], k_ends[-1]) == (len(q), len(k))
+    outs, normalizers = [], []
+    for a, b, c, d in zip(q_ends[:-1], q_ends[1:], k_ends[:-1], k_ends[1:], strict=True):
+        keys, values = (t[c:d].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->qhk", q[a:b], keys) / q.shape[2] ** 0.5
+        if causal:
+            scores = scores.masked_fill(~torch.ones(b - a, d - c, dtype=torch.bool).tril()[:, None], -torch.inf)
+        outs.append(torch.einsum("qhk,khd->qhd", scores.softmax(-1), values))
+        normalizers.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(normalizers)
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 1], ids=["mha", "mqa"])
+def test_the_layout_for_gpus_gives_the_same(monkeypatch, n_kv_heads):
+    model, asked = with_large_weights(replace(SMALL, n_kv_heads=n_kv_heads)), requests()
+    expected = scores(model, asked, 10**6)
+    monkeypatch.setattr(scoring, "_flash", attention_of_lengths)
+    monkeypatch.setattr(scoring, "_attention", lambda batch, like, _: scoring._Packed(batch, like.device))
+    for tokens in (300, 10**6):
+        found = scores(model, asked, tokens)
         torch.testing.assert_close([x for x, _ in found], [x for x, _ in expected], rtol=1e-6, atol=1e-4)
 
 
