@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 
 from jobs.harness import Encoder, IngotLM, LocalWorkers
 from models.config import ModelConfig
@@ -149,12 +150,16 @@ def test_what_cannot_be_done_is_refused_by_name(ours):
         ours.generate_until(instances(("the", {"num_beams": 4})))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt4"])
-def test_encoding_by_lines_gives_the_ids_of_whole_texts(kind, tokenizer):
+@pytest.mark.parametrize(("kind", "begins"), [("gpt2", False), ("gpt4", False), ("gpt4", True)])
+def test_encoding_by_lines_gives_the_ids_of_whole_texts(kind, begins):
     rng = random.Random(0)
     made = train_on_texts([a_text(rng, 500)], TokenizerSettings(vocab_size=350, reserved_tokens=0, pre_tokenizer=kind))
+    if begins:  # as Llama 3's tokenizer begins each text
+        special = ("<|endoftext|>", made.eot_id)
+        made.backend.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[special])
     encode = Encoder(made)
     assert encode.by_lines
+    lm = IngotLM(None, made, LENGTH)
     reference = type(made.backend).from_str(made.backend.to_str())
     pieces = [
         "a",
@@ -174,6 +179,10 @@ def test_encoding_by_lines_gives_the_ids_of_whole_texts(kind, tokenizer):
         "_\nx",
         "\u2003",
     ]
-    for _ in range(3000):
+    for _ in range(1000):
         text = "".join(rng.choices([*pieces, "x\nY", "\x1c", "漢", "<|endoftext|>"], k=rng.randint(1, 14)))
         assert encode(text, True) == reference.encode(text).ids
+        context, continuation = "?" + text[: len(text) // 2].rstrip(), text[len(text) // 2 :]
+        before, after = lm._encode_pair(context, continuation)
+        assert before == reference.encode(context).ids
+        assert after == reference.encode(context + continuation).ids[len(before) :]
