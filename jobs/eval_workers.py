@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import queue
 import threading
 import time
@@ -40,7 +39,7 @@ class Facts:
         max_length: tokens that it takes.
         vocab_size: ids that have a text.
         parameters: their number.
-        device: cpu or cuda.
+        device: cpu, or the name of the GPU.
         dtype: of matrix products.
     """
 
@@ -108,29 +107,31 @@ def facts(trained: Trained) -> Facts:
 
 @contextlib.contextmanager
 def open_model(settings: EvaluateJob, device: str) -> Iterator[Model | ManyModels]:
-    """The model where it belongs: here when there is one device, else in actors.
+    """The model on this machine: in this process when a single copy is asked for, else in actors.
 
     Args:
-        settings: which model, how many copies, on what.
-        device: of this process, "cpu" or "cuda"; in a job on a cluster the CPU, from where actors are asked for.
+        settings: which model, and how many copies.
+        device: of the copies, "cpu" or "cuda".
     """
     import torch
 
-    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    if not on_cluster:
-        here = torch.cuda.device_count() if device == "cuda" else 0
-        copies = settings.workers or max(here, 1)
-        if copies == 1:
-            yield Model(settings, device)
-            return
-        with ray_session(int(copies * settings.cpus)), _actors(settings, copies, device == "cuda") as actors:
-            yield actors
+    here = torch.cuda.device_count() if device == "cuda" else 0
+    copies = settings.workers or max(here, 1)
+    if copies == 1:
+        yield Model(settings, device)
         return
+    with ray_session(math.ceil(copies * settings.cpus)), _actors(settings, copies, device == "cuda") as actors:
+        yield actors
+
+
+@contextlib.contextmanager
+def open_on_cluster(settings: EvaluateJob) -> Iterator[Model | ManyModels]:
+    """The model in actors on a cluster; in this process, a task of the cluster, when one copy on a CPU is asked for."""
     import ray
 
     there = int(ray.cluster_resources().get("GPU", 0))
     on_gpu = settings.device == "gpu" or (settings.device == "auto" and there >= 1)
-    copies = settings.workers or max(there, 1)
+    copies = settings.workers or (max(there, 1) if on_gpu else 1)
     if not on_gpu and copies == 1:
         yield Model(settings, "cpu")
         return
@@ -314,4 +315,6 @@ def _feed(actor: Any, kind: str, requests: Sequence[Any], share: _Share, results
         except Exception as failure:
             error = failure
         share.give_back(list(left))
+    if error is not None and not share.closed:  # the others may go on, and all end well
+        log.warning("evaluate: a copy of the model is given up: %s", error)
     results.put(error)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 from jobs.placing import Write, place
@@ -70,15 +71,16 @@ def _one(settings: EvaluateJob) -> dict[str, Any]:
             log.info("evaluate: %s is scored at step %s already, nothing to do", before["name"], before["step"])
             storage.write_json(storage.join(evals, RESULTS), before)
             return before
-    # Where copies of the model are asked for, this only prepares and counts: it takes no GPU itself.
-    device = "cpu" if settings.task_names() and os.environ.get("RAY_ADDRESS") else settings.device
-    return keep(place(score, settings, sys.stdout.write, device, settings.cpus) | {"made_of": made_of})
+    work, device = score, settings.device
+    if settings.task_names() and os.environ.get("RAY_ADDRESS"):
+        work, device = score_by_copies, "cpu"
+    return keep(place(work, settings, sys.stdout.write, device, settings.cpus) | {"made_of": made_of})
 
 
 def keep(results: dict[str, Any]) -> dict[str, Any]:
     """Write the results of ``score`` into the folder of their checkpoint, and as the newest; returns what was written.
 
-    What was measured of the same weights before stays beside it.
+    What was measured of the same weights before, on the same kind of device, stays beside it.
     """
     folder = results.pop("folder")
     own = storage.join(folder, step_folder(results["step"]))
@@ -124,14 +126,27 @@ def score(settings: EvaluateJob, device: str, write: Write) -> dict[str, Any]:
     Raises:
         SettingsError: there is no such task, or a file of it is missing.
     """
+    from jobs.eval_workers import open_model
+
+    if not settings.task_names():  # one copy is enough for the validation loss
+        settings = dataclasses.replace(settings, workers=1)
+    return _score(settings, open_model(settings, device), write)
+
+
+def score_by_copies(settings: EvaluateJob, device: str, write: Write) -> dict[str, Any]:
+    """As ``score``, by copies of the model on a cluster: this process prepares and counts, and needs no GPU itself."""
+    from jobs.eval_workers import open_on_cluster
+
+    return _score(settings, open_on_cluster(settings), write)
+
+
+def _score(settings: EvaluateJob, opened: AbstractContextManager[Any], write: Write) -> dict[str, Any]:
     harness = None
     if settings.task_names():
         from jobs import eval_harness  # brings lm_eval, which takes seconds
 
         harness = eval_harness.Harness(settings)  # before the model, so that a wrong name or path costs no time
-    from jobs.eval_workers import open_model
-
-    with open_model(settings, device) as model:
+    with opened as model:
         results = scored(settings, model, harness)
     write(results.pop("table", ""))
     return results

@@ -324,6 +324,43 @@ def test_copies_in_actors_answer_as_one_does_and_survive_a_loss(workspace, ray_s
             ray_session.kill(actor)
 
 
+@pytest.mark.parametrize(
+    ("changes", "copies", "on_gpu"),
+    [
+        ({}, 4, True),
+        ({"workers": 2}, 2, True),
+        ({"device": "cpu", "workers": 3}, 3, False),
+        ({"device": "cpu"}, 1, False),
+    ],
+)
+def test_a_job_on_a_cluster_has_a_copy_on_each_of_its_gpus(monkeypatch, changes, copies, on_gpu):
+    import ray
+
+    class Opened:
+        def __init__(self, settings, *where):
+            self.where = where
+
+        __enter__, __exit__ = lambda self: self, lambda self, *_: None
+
+    placed = []
+    monkeypatch.setenv("RAY_ADDRESS", "of the driver, whose tasks do not have it")
+    monkeypatch.setattr(evaluate, "_made_of", lambda settings: None)
+    monkeypatch.setattr(evaluate, "keep", dict)
+    monkeypatch.setattr(
+        evaluate, "place", lambda work, settings, write, device, cpus: placed.append((work, device)) or {}
+    )
+    settings = EvaluateJob(model="somewhere", tasks="gsm8k", **changes)
+    evaluate._one(settings)
+    evaluate._one(EvaluateJob(model="somewhere", device="gpu"))
+    assert placed == [(evaluate.score_by_copies, "cpu"), (evaluate.score, "gpu")]
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 4.0})
+    monkeypatch.setattr(eval_workers, "_actors", Opened)
+    monkeypatch.setattr(eval_workers, "Model", lambda settings, device: Opened(settings, 1, device != "cpu"))
+    with eval_workers.open_on_cluster(settings) as opened:
+        assert opened.where == (copies, on_gpu)
+
+
 def test_checkpoints_become_curves_on_the_page_and_earlier_scores_stay(workspace, data):
     from jobs.eval_page import evaluation_sections
 
