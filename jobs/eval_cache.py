@@ -15,6 +15,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -147,7 +148,7 @@ def _told(results: Iterable[tuple[int, Any]], total: int, what: str) -> Iterator
         if now - told >= _TOLD_EVERY or (done == total and told > began):
             told = now
             speed = done / (now - began)
-            left = time.strftime("%H:%M:%S", time.gmtime((total - done) / speed))
+            left = timedelta(seconds=round((total - done) / speed))
             log.info("evaluate: %s of %s %s, %.4g/s, %s left", f"{done:,}", f"{total:,}", what, speed, left)
 
 

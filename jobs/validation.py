@@ -67,11 +67,16 @@ def validate(checkpoint: Any, settings: PretrainJob, folder: str) -> dict[str, f
         _tell(run, "validation_failed", entry["step"], error=str(error)[:300])
         raise
     if scores:
-        told = {f"{row['task']} {row['metric']}": row["value"] for row in scores["scores"] if row["group"] is None}
+        told = {_named(row): row["value"] for row in scores["scores"] if row["group"] is None}
         _tell(run, "scores", entry["step"], scores=told)
     for task, reason in scores.get("failed", {}).items():
         _tell(run, "validation_failed", entry["step"], error=f"task {task}: {reason}")
     return losses
+
+
+def _named(row: dict[str, Any]) -> str:
+    name = f"{row['task']} {row['metric']}"
+    return name if row["filter"] == "none" else f"{name} {row['filter']}"  # gsm8k has one metric by two filters
 
 
 def _tell(run: StoredRun, event: str, step: int, **facts: Any) -> None:
