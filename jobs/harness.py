@@ -108,26 +108,16 @@ class LocalWorkers:
                 engine.cancel(request)
 
     def _engine_for(self, requests: Sequence[TextRequest]) -> Engine:
-        from models.generate import Engine
+        from models.generate import Engine, slots_that_fit
 
-        model, device = self.trained.model, self.trained.device
+        model = self.trained.model
         longest = max(len(prompt) + sampling.max_new_tokens for prompt, _, sampling in requests)
         if self._engine is None or self._engine.length < longest - 1:
             self._engine = None  # its memory is free before the next one's is asked for
             length = min(-(-longest // 128) * 128, max(longest, model.config.max_seq_len))
-            self._engine = Engine(model, slots=self.slots or _slots(model, length, device), length=length)
+            slots = self.slots or slots_that_fit(model, length, on_cuda=256, on_cpu=32)
+            self._engine = Engine(model, slots=slots, length=length)
         return self._engine
-
-
-def _slots(model: Any, length: int, device: Any) -> int:
-    """Texts whose keys and values take at most half of the free memory."""
-    import torch
-
-    if device.type != "cuda":
-        return 32
-    config = model.config
-    size = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 2 * length
-    return max(1, min(256, torch.cuda.mem_get_info(device)[0] // 2 // size))
 
 
 class _Decoder:

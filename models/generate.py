@@ -1,5 +1,6 @@
 """Text from a model: many prompts at once by continuous batching (Yu et al. 2022), each with its own sampling."""
 
+import os
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -270,22 +271,24 @@ class Engine:
                 self._held[row], self._lengths[row] = self._held[end], length
 
 
-def slots_that_fit(model: Transformer, length: int, most: int | None = None) -> int:
-    """How many texts of `length` tokens to continue at once: on CUDA as half of the free memory holds, up to 128.
-
-    On the CPU 16: more at a time gain little there, as a core has little to do but to multiply matrices.
+def slots_that_fit(model: Transformer, length: int, *, on_cuda: int = 128, on_cpu: int = 16) -> int:
+    """How many texts of `length` tokens to continue at once: as half of a GPU's free memory holds, or a quarter of the
+    machine's.
 
     Args:
         model: where it is going to be used.
         length: of the longest text with its continuation.
-        most: no more than this; None is the device's best.
+        on_cuda: no more than this on a GPU.
+        on_cpu: no more than this on the CPU; many gain little there, as a core is busy with few.
     """
     device = model.tok_embeddings.weight.device
-    if device.type != "cuda":
-        return min(16, most or 16)
+    if device.type == "cuda":
+        most, room = on_cuda, torch.cuda.mem_get_info(device)[0] // 2
+    else:
+        most, room = on_cpu, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     config, dtype = model.config, model.compute_dtype or model.tok_embeddings.weight.dtype
     text = 2 * config.n_layers * config.n_kv_heads * config.head_dim * length * dtype.itemsize
-    return max(1, min(most or 128, 128, int(torch.cuda.mem_get_info(device)[0] / 2 / text)))
+    return max(1, min(most, room // text))
 
 
 def choose(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
@@ -300,7 +303,8 @@ def choose(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
         top_p: in (0, 1], (rows,).
         uniform: in [0, 1), (rows,).
     """
-    scaled = logits.float() / temperature[:, None]
+    # one that is all but 0 would make infinities of logits, and NaN of their softmax
+    scaled = logits.float() / temperature.clamp(min=1e-6)[:, None]
     probabilities, tokens = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill((before >= top_p[:, None]) & (before > 0), 0.0)

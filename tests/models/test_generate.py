@@ -104,6 +104,14 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p():
     torch.testing.assert_close(frequencies(probabilities.log(), 1.0, 0.7), nucleus, rtol=0, atol=0.015)
 
 
+def test_a_temperature_of_all_but_zero_is_the_likeliest_token():
+    logits = torch.tensor([[1.0, 80.0, 79.0]])
+    for temperature in (1e-5, 1e-39, 1e-60):  # the last two are no numbers of fp32 that divide
+        for uniform in (0.0, 1.0):
+            drawn = choose(logits, torch.tensor([temperature]), torch.tensor([1.0]), torch.tensor([uniform]))
+            assert drawn.tolist() == [1]
+
+
 def test_a_tiny_nucleus_is_the_likeliest_token():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(3))
     assert set(drawn(logits, 1.0, 1e-9, torch.linspace(0, 1 - 2**-24, 50)).tolist()) == {int(logits.argmax())}
