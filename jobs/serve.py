@@ -105,7 +105,8 @@ def run(settings: ServeJob) -> None:
     """Serve until interrupted or ended.
 
     Raises:
-        SettingsError: there is no such run, no key in the variable, no GPU, or the port is taken.
+        SettingsError: there is no such run, no key in the variable or one that no client can send, no GPU, or the port
+            is taken.
     """
     settings = located(settings)
     key, generated = _key(settings)
@@ -129,6 +130,8 @@ def _key(settings: ServeJob) -> tuple[str, bool]:
     key = os.environ.get(settings.api_key_env, "").strip()
     if not key:
         raise SettingsError(f"api_key_env is {settings.api_key_env!r}; the environment has no such variable, or no key")
+    if not key.isascii():
+        raise SettingsError(f"api_key_env is {settings.api_key_env!r}; a key has to be ASCII, as HTTP's headers are")
     return key, False
 
 

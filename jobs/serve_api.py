@@ -5,6 +5,7 @@ https://platform.openai.com/docs/api-reference/completions
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import hmac
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _MOST_TOP = 5  # alternatives that are told of a token, as with OpenAI
 _MOST_STOPS = 4
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_PAGE_POLICY += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 class ApiError(Exception):
@@ -304,7 +306,9 @@ class _Answer:
     async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
         """What came to which choice, as it comes; the prompts first when they are asked for."""
         if self.asked.echo:
-            yield [(index, await self._prompt(index)) for index in range(len(self.texts))]
+            n = self.asked.n  # choices of a prompt follow each other
+            prompts = [await self._prompt(index) for index in range(0, len(self.texts), n)]
+            yield [(index, prompts[index // n]) for index in range(len(self.texts))]
             if self.asked.max_tokens == 0:
                 return
         left = len(self.texts)
@@ -340,12 +344,13 @@ class _Answer:
         # what a text begins with is not a part of it
         of_text = isinstance(self.asked.prompts[index // self.asked.n], str)
         first: list[tuple[int, tuple[Any, Any]]] = [] if of_text else [(ids[0], (None, None))]
-        tokens, before = [], b""
+        # as the text is decoded: characters count when they are whole
+        decoder, offset = codecs.getincrementaldecoder("utf-8")("replace"), 0
+        tokens = []
         for token, (log_probability, others) in [*first, *zip(ids[1:], scores, strict=True)]:
             alternatives = None if others is None else {name(i): value for i, value in others}
-            offset = len(before.decode("utf-8", "ignore"))
             tokens.append(Scored(name(token), log_probability, alternatives, offset))
-            before += token_bytes(token)
+            offset += len(decoder.decode(token_bytes(token)))
         return Piece(text, tokens, "length" if self.asked.max_tokens == 0 else None)
 
     async def whole(self) -> dict[str, Any]:

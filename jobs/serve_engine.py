@@ -7,7 +7,7 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,23 +70,23 @@ class Batcher:
         self._observe = observe
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._texts: dict[int, tuple[Asking, int]] = {}  # by the engine's number
+        self._waiters: set[Callable[[Exception], None]] = set()  # who are told when the thread fails
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     @contextlib.asynccontextmanager
     async def ask(self, texts: Sequence[tuple[Sequence[int], Sampling]]) -> AsyncIterator[Asking]:
         """Have prompts continued; what is not finished on leaving is given up."""
-        if self.failure is not None:
-            raise RuntimeError("the model failed") from self.failure
         asking = Asking(len(texts), asyncio.get_running_loop())
-        self.open += asking.count
-        try:
-            self._commands.put(lambda: self._submit(asking, texts))
-            yield asking
-        finally:
-            self.open -= asking.count
-            for index in range(asking.count):
-                self.cancel(asking, index)
+        with self._told_of_failure(lambda error: _tell(asking, error)):
+            self.open += asking.count
+            try:
+                self._commands.put(lambda: self._submit(asking, texts))
+                yield asking
+            finally:
+                self.open -= asking.count
+                for index in range(asking.count):
+                    self.cancel(asking, index)
 
     def cancel(self, asking: Asking, index: int) -> None:
         """Give up one of the texts."""
@@ -102,10 +102,31 @@ class Batcher:
                 answer, put = function(), done.set_result
             except Exception as error:
                 answer, put = error, done.set_exception
-            loop.call_soon_threadsafe(lambda: None if done.cancelled() else put(answer))
+            loop.call_soon_threadsafe(lambda: None if done.done() else put(answer))
 
-        self._commands.put(work)
-        return await done
+        def fail(error: Exception) -> None:
+            failed = RuntimeError("the model failed")
+            failed.__cause__ = error
+            loop.call_soon_threadsafe(lambda: None if done.done() else done.set_exception(failed))
+
+        with self._told_of_failure(fail):
+            self._commands.put(work)
+            return await done
+
+    @contextlib.contextmanager
+    def _told_of_failure(self, tell: Callable[[Exception], None]) -> Iterator[None]:
+        """Who waits is told even if the thread fails before it comes to what was asked.
+
+        Raises:
+            RuntimeError: the thread has failed already.
+        """
+        self._waiters.add(tell)  # first: the thread notes its failure before it looks whom to tell
+        try:
+            if self.failure is not None:
+                raise RuntimeError("the model failed") from self.failure
+            yield
+        finally:
+            self._waiters.discard(tell)
 
     def close(self) -> None:
         """End the thread."""
@@ -132,8 +153,9 @@ class Batcher:
         except Exception as error:
             log.exception("serve: the model failed")
             self.failure = error
-            for asking in {id(asking): asking for asking, _ in self._texts.values()}.values():
-                _tell(asking, error)
+            for tell in self._waiters.copy():  # in one piece: the event loop may change it
+                with contextlib.suppress(RuntimeError):  # an event loop that has ended
+                    tell(error)
 
     def _obey(self) -> bool:
         """Do what was asked since the last step, wait for something to do; False at the end."""

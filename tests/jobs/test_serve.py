@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -355,6 +356,34 @@ def test_a_model_that_fails_is_told_to_all_and_to_ray():
     replica.batcher = batcher
     with pytest.raises(ValueError, match="out of memory"):
         replica.check_health()
+
+
+def test_who_asks_while_the_model_fails_is_told_too():
+    engine = OneToken()
+    batcher = Batcher(engine)
+    engine.fails = True
+
+    async def together():
+        async def ask(number):
+            async with batcher.ask([([number], Sampling(8))]) as asking:
+                async for _ in asking.tokens():
+                    pass
+
+        stalled = threading.Event()
+        first = asyncio.create_task(batcher.call(stalled.wait))
+        asked = [asyncio.create_task(ask(number)) for number in range(3)]
+        await asyncio.sleep(0.05)
+        batcher._commands.put(lambda: 1 / 0)  # what comes after it is never read
+        late = [asyncio.create_task(ask(number)) for number in range(3)]
+        late.append(asyncio.create_task(batcher.call(lambda: None)))
+        await asyncio.sleep(0.05)
+        stalled.set()
+        return await asyncio.wait_for(asyncio.gather(first, *asked, *late, return_exceptions=True), 20)
+
+    first, *others = asyncio.run(together())
+    assert first is True
+    assert [str(error) for error in others] == ["the model failed"] * 7
+    assert (batcher.open, batcher._waiters) == (0, set())
 
 
 TOKENS = [b"\xe6", b"\x9d\xb1", b"\xe4\xba\xac", b"a", b"b", b"ab", b" a", b"\xf0\x9f", b"\x99\x82", b"\xff"]
