@@ -21,7 +21,7 @@ from jobs.gguf import pre_tokenizer, require_gguf, write_gguf
 from jobs.model_card import model_card
 from jobs.placing import Write, place
 from jobs.settings import ExportJob, SettingsError
-from jobs.trained import Trained, load, located
+from jobs.trained import Trained, load, located, model_name
 from pipelines import storage
 from pipelines.tokenizer import END_OF_TEXT, PAD
 
@@ -39,15 +39,23 @@ def run(settings: ExportJob) -> None:
     """Write the folder.
 
     Raises:
-        SettingsError: there is no such run, checkpoint or model; the folder holds something else; llama.cpp cannot have
-            the model, or the hub does not take it.
+        SettingsError: there is no such run, checkpoint or model; the folder holds something else or the model itself;
+            llama.cpp cannot have the model, or the hub does not take it.
     """
     settings = located(settings)
     if settings.gguf is not None:
         require_gguf()
     # On a cluster it is done in another process, whose working directory is another.
     settings = dataclasses.replace(settings, output=settings.output and storage.absolute(settings.output))
+    output = _output(settings)
+    if settings.model is not None and output == settings.model:
+        raise SettingsError(f"output is {output!r}, which holds the model itself: an export replaces all; name another")
     place(_export, settings, sys.stdout.write)
+
+
+def _output(settings: ExportJob) -> str:
+    name = settings.name if settings.model is None else model_name(settings.model)
+    return settings.output or storage.join(settings.workspace, "exports", name)
 
 
 def _export(settings: ExportJob, device: str, _: Write) -> None:
@@ -55,7 +63,7 @@ def _export(settings: ExportJob, device: str, _: Write) -> None:
     trained = load(settings, device)
     if settings.gguf is not None:
         pre_tokenizer(trained.tokenizer)
-    output = settings.output or storage.join(settings.workspace, "exports", trained.name)
+    output = _output(settings)
     write(settings, trained, output)
     of = "" if trained.step is None else f"step {trained.step} of "
     log.info("export: %s%s is in %s", of, trained.name, output)
@@ -210,6 +218,5 @@ def _push(hub: Any, settings: ExportJob, output: str, message: str) -> None:
             raise SettingsError(
                 f"push_to is {settings.push_to!r}; the export is in {output}, but the hub says: {reason}"
             ) from None
-    log.info(
-        "export: pushed to %s, %s unless it was there", settings.push_to, "public" if settings.public else "private"
-    )
+    kind = "public" if settings.public else "private"
+    log.info("export: pushed to %s, which is %s if it is new", settings.push_to, kind)

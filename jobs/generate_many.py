@@ -48,7 +48,7 @@ def run(settings: GenerateJob) -> None:
     and `finished`: "stop" where the model ended the document, "length" after max_new_tokens.
 
     Raises:
-        SettingsError: a line has no prompt, or one that is too long.
+        SettingsError: a line has no prompt, or one that is too long; or the output would replace the prompts.
         FileNotFoundError: there is no such file.
     """
     source = storage.absolute(settings.prompts)
@@ -56,6 +56,8 @@ def run(settings: GenerateJob) -> None:
     records = _records(source, data)
     name = storage.file_name(source).rpartition(".")[0] or storage.file_name(source)
     output = storage.absolute(settings.output or storage.join(settings.workspace, "generated", f"{name}.jsonl"))
+    if output == source:
+        raise SettingsError(f"output is {output}, which is the file of prompts; name another")
     kept = _Kept(output + ".unfinished", _made_of(settings, data), len(records))
     place(
         _continue,
@@ -89,6 +91,10 @@ def _records(source: str, data: bytes) -> list[dict[str, Any]]:
             raise SettingsError(f"prompts: line {number} of {source} is not JSON ({error})") from None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise SettingsError(f"prompts: line {number} of {source} has no field prompt with a text")
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON can say it, UTF-8 cannot, so neither could the output
+            raise SettingsError(f"prompts: line {number} of {source} has half of a surrogate pair") from None
         records.append(record)
     return records
 

@@ -226,6 +226,16 @@ def test_folders_with_something_else_are_left_alone(workspace, tmp_path):
     assert files_of(tmp_path) == ["thesis.tex"]
 
 
+def test_a_model_is_not_replaced_by_its_own_export(workspace, tmp_path):
+    folder = str(tmp_path / "exports" / "out")
+    export.run(ExportJob(workspace=workspace, output=folder))
+    before = files_of(folder)
+    for settings in ({"output": folder}, {"workspace": str(tmp_path)}):
+        with pytest.raises(SettingsError, match="which holds the model itself"):
+            export.run(ExportJob(model=folder, gguf="f16", **settings))
+    assert files_of(folder) == before
+
+
 @pytest.mark.parametrize("size", ["0", "5 apples", "-3GB", "0GB"])
 def test_sizes_that_are_none_are_refused(size):
     with pytest.raises(SettingsError, match="max_shard_size is"):

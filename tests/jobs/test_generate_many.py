@@ -151,6 +151,7 @@ def test_prompts_are_read_from_the_terminal_until_the_input_ends(folder, prompts
     [
         ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2 of .* has no field prompt"),
         ("a.jsonl", '{"prompt": "a"}\nb\n', "line 2 of .* is not JSON"),
+        ("a.jsonl", '{"prompt": "a", "of": "\\ud800"}\n', "line 1 of .* has half of a surrogate pair"),
         ("a.txt", "", "is empty"),
         ("a.txt", "the\n" + "the " * 300, "number 2 has .* at most 77 fit"),
     ],
@@ -160,6 +161,15 @@ def test_prompts_that_cannot_be_continued_are_named(folder, tmp_path, name, cont
     with pytest.raises(SettingsError, match=message):
         generate.run(asked(folder, tmp_path, prompts=str(tmp_path / name)))
     assert not (tmp_path / "ws" / "generated" / "a.jsonl").exists()
+
+
+def test_prompts_are_not_replaced_by_their_continuations(folder, tmp_path):
+    file = tmp_path / "ws" / "generated" / "a.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"prompt": "a"}\n')
+    with pytest.raises(SettingsError, match="which is the file of prompts; name another"):
+        generate.run(asked(folder, tmp_path, prompts=str(file)))
+    assert file.read_text() == '{"prompt": "a"}\n'
 
 
 @pytest.mark.parametrize(
