@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import numbers
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -167,33 +168,42 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     """What the harness's results say, a row for each metric of each task or group.
 
     Returns:
-        Rows with task, alias, group (the group that it is part of, or None), metric, filter, value, stderr (None where
-        there is none), n_shot, items, chance (of the right one among the choices, where all questions have as many).
+        Rows with task, alias, group (the next above it that has scores of its own, or None), metric, filter, value,
+        stderr (None where there is none), n_shot (None where tasks of a group differ), items, chance (of the right one
+        among the choices, where all questions have as many).
     """
     group_of = {child: group for group, children in results["group_subtasks"].items() for child in children}
+    measured = {task: found for task, found in results["results"].items() if any(_numbers(found))}
     out = []
-    for task, found in (results["results"] | results.get("groups", {})).items():
-        items = found.get("sample_len") or results.get("n-samples", {}).get(task, {}).get("effective")
-        for name, number in found.items():
-            metric, comma, filtered = name.partition(",")
-            if not comma or metric.endswith("_stderr"):
-                continue
+    for task, found in measured.items():
+        group = group_of.get(task)
+        while group is not None and group not in measured:  # it has no score of its own
+            group = group_of.get(group)
+        for metric, filtered, value in _numbers(found):
             stderr = found.get(f"{metric}_stderr,{filtered}")
             out.append(
                 {
                     "task": task,
                     "alias": found.get("alias", task),
-                    "group": group_of.get(task),
+                    "group": group,
                     "metric": metric,
                     "filter": filtered,
-                    "value": float(number),
+                    "value": value,
                     "stderr": None if stderr in (None, "N/A") else float(stderr),
                     "n_shot": _common(results, task, results["n-shot"].get),
-                    "items": items,
+                    "items": found.get("sample_len") or results.get("n-samples", {}).get(task, {}).get("effective"),
                     "chance": _common(results, task, lambda one: _chance(results, one)),
                 }
             )
     return out
+
+
+def _numbers(found: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Metrics, filters and values of a task; what is no number is in the harness's files alone."""
+    for name, value in found.items():
+        metric, comma, filtered = name.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, numbers.Real):
+            yield metric, filtered, float(value)
 
 
 def _chance(results: dict[str, Any], task: str) -> float | None:

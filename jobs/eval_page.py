@@ -61,7 +61,7 @@ def _lines(scores: list[dict[str, Any]], tasks: list[str]) -> list[list[str]]:
     return [
         [
             row["task"],
-            str(row["n_shot"] or 0),
+            "" if row["n_shot"] is None else str(row["n_shot"]),
             f"{row['items']:,}" if row["items"] else "",
             row["metric"],
             "" if row["filter"] == "none" else row["filter"],

@@ -42,7 +42,8 @@ def group_picture(scores: list[Row], task: str) -> str:
             parts += _bar(row, place * _COLUMN + _NAMES, line * _LINE, _BARS / longest)
     metric = shown[0]["metric"]
     height = max(map(len, columns)) * _LINE + 26
-    note = f"{metric}; thin lines: one standard error to both sides; {shown[0]['n_shot'] or 0}-shot"
+    note = f"{metric}; thin lines: one standard error to both sides"
+    note += "" if shown[0]["n_shot"] is None else f"; {shown[0]['n_shot']}-shot"
     chance = shown[0].get("chance")
     note += f"; dashed: chance, {chance:.0%}" if chance else ""
     parts.append(f'<text x="0" y="{height - 4}">{html.escape(note)}</text>')
@@ -117,7 +118,9 @@ def curves_picture(checkpoints: list[tuple[int, list[Row]]]) -> str:
         pad = 0.08 * (high - low) or 0.05
         low = low - pad if values.min() < 0 else max(low - pad, 0.0)
         title = f"{task} {metric}" + ("" if filtered == "none" else f", {filtered}")
-        title += f" ({shots or 0}-shot, {items:,} questions)" if items else f" ({shots or 0}-shot)"
+        asked = [] if shots is None else [f"{shots}-shot"]
+        asked += [f"{items:,} questions"] if items else []
+        title += f" ({', '.join(asked)})" if asked else ""
         plot = Plot(title, ends, (low, high + pad), 62, 944, top, top + _CURVE, now=f"{values[-1]:.4f}")
         plot.band(steps, values - errors, values + errors, "train")
         plot.line(steps, values, "train")

@@ -20,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from jobs import eval_workers, evaluate, export
 from jobs.eval_cache import CachedWorkers, FinishedItems
 from jobs.eval_code import CodeEval, pass_at_k
+from jobs.eval_harness import rows
 from jobs.eval_tasks import Tasks
 from jobs.eval_workers import ManyModels, Model, ModelActor
 from jobs.run_folder import StoredRun
@@ -236,6 +237,27 @@ def test_a_task_that_fails_is_named_and_the_others_go_on(workspace, data, monkey
         results = json.load(file)
     assert [row["items"] for row in results["scores"] if row["task"] == "mmlu_anatomy"] == [3]
     assert "gsm8k" in results["failed"]
+
+
+def test_rows_are_below_the_next_group_that_has_scores_and_hold_numbers_only():
+    results = {
+        "results": {
+            "whole": {"alias": "whole", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 4},
+            "inner": {"alias": "inner"},
+            "one": {"alias": " - one", "acc,none": 0.25, "acc_stderr,none": "N/A", "texts,none": ["a"]},
+            "alone": {"alias": "alone", "acc,none": 1},
+        },
+        "group_subtasks": {"whole": ["inner"], "inner": ["one"], "outer": ["alone"]},
+        "configs": {"one": {"output_type": "multiple_choice", "doc_to_choice": ["A", "B"]}, "alone": {}},
+        "n-shot": {"one": 5, "alone": 0},
+        "n-samples": {"one": {"effective": 4}, "alone": {"effective": 2}},
+    }
+    facts = ("task", "group", "value", "stderr", "n_shot", "items", "chance")
+    assert [tuple(row[fact] for fact in facts) for row in rows(results)] == [
+        ("whole", None, 0.5, 0.1, 5, 4, 0.5),
+        ("one", "whole", 0.25, None, 5, 4, 0.5),
+        ("alone", None, 1.0, None, 0, 2, None),
+    ]
 
 
 # Programs
