@@ -37,9 +37,8 @@ def guard() -> None:
     if not ("seccomp" in entered and len(entered) > 1) and not job["unconfined"]:
         send(1, {"refused": "; ".join(missing), "layers": entered})
         return
-    output = os.memfd_create("output") if hasattr(os, "memfd_create") else os.open(os.devnull, os.O_WRONLY)
-    (no_input, _), requests, answers, verdict = os.pipe(), os.pipe(), os.pipe(), os.pipe()
-    os.close(_)
+    (no_input, writer), requests, answers, verdict = os.pipe(), os.pipe(), os.pipe(), os.pipe()
+    os.close(writer)
 
     def start(body: Callable[[], None], *descriptors: int) -> int:
         """A confined process that has the descriptors as 3, 4, … and no other."""
@@ -48,6 +47,8 @@ def guard() -> None:
             try:
                 layers.die_with_parent()
                 os.setsid()
+                # of its own: neither reads what the other prints
+                output = os.memfd_create("output") if hasattr(os, "memfd_create") else os.open(os.devnull, os.O_WRONLY)
                 high = [fcntl.fcntl(d, fcntl.F_DUPFD, 100) for d in (no_input, output, output, *descriptors)]
                 for number, descriptor in enumerate(high):
                     os.dup2(descriptor, number)
@@ -75,7 +76,8 @@ def guard() -> None:
     if outcome.get("gone"):
         by = f"signal {signal.Signals(-ended).name}" if ended < 0 else f"exit status {ended}"
         outcome = {"passed": False, "reason": f"ended before the tests did: {by}"}
-    reason = str(outcome.get("reason"))[:_LONGEST_REASON]
+    # a program can make text that no file takes: half of a surrogate pair
+    reason = str(outcome.get("reason"))[:_LONGEST_REASON].encode("utf-8", "replace").decode()
     passed = outcome.get("passed") is True
     send(1, {"passed": passed, "reason": reason, "seconds": seconds, "layers": entered, "missing": missing})
 

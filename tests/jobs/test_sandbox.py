@@ -408,6 +408,17 @@ def test_honest_programs_pass(layers):
     assert all(outcome.passed for outcome in outcomes.values())
 
 
+def test_a_program_does_not_read_what_its_tests_print():
+    spy = "import os\ndef add(a, b): return os.pread(1, 99, 0)"
+    tests = "print('the answer is 3', flush=True)\nassert add(1, 2) == b''"
+    assert run(Program(spy, tests, "add"), seconds=20.0).reason == ""
+
+
+def test_a_reason_is_text_that_files_take():
+    outcome = run(Program("raise ValueError('\\ud800')", TESTS, "add"), seconds=20.0)
+    assert outcome.reason == "ValueError: ?"
+
+
 def test_it_refuses_where_nothing_confines():
     program = Program(RIGHT, TESTS, "add")
     for layers in ((), ("seccomp",), ("landlock",)):
