@@ -70,7 +70,7 @@ class CodeEval:
         """Make a task that runs code draw as many programs as asked for, and run them all at the same time.
 
         Raises:
-            SettingsError: the task would run code by itself.
+            SettingsError: the task would run code by itself, or draws fewer programs than ``ks`` has.
         """
         if not getattr(task, "UNSAFE_CODE", False):
             return
@@ -81,6 +81,12 @@ class CodeEval:
             task.set_config("repeats", self.samples)
             if self.samples > 1:
                 task.set_config("generation_kwargs", self.sampling, update=True)
+        drawn = task.config.repeats
+        if max(self.ks or [1]) > drawn:
+            raise SettingsError(
+                f"pass_at_k is {list(self.ks or [])}, but {task.config.task} draws {drawn} program(s) for a problem; "
+                "set samples_per_problem"
+            )
         apply_filters = task.apply_filters
 
         def run_after_filters() -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
 import os
 import sys
 import time
-from contextlib import AbstractContextManager
+from importlib.metadata import version
 from typing import Any
+
+import xxhash
 
 from jobs.placing import Write, place
 from jobs.settings import EvaluateJob, FailedError, Scoring
@@ -18,6 +22,7 @@ from pipelines.stage import ingot_version, require_manifest
 
 log = logging.getLogger("ingot")
 
+DATA = ("mmlu", "gsm8k", "humaneval")  # folders of data_dir, as of jobs.eval_tasks
 RESULTS = "results.json"  # of the checkpoint that was scored last
 
 
@@ -108,7 +113,7 @@ def step_folder(step: int | None) -> str:
 def _made_of(settings: EvaluateJob) -> dict[str, Any]:
     """What the results of a run follow from."""
     entry = find(settings)[2]
-    measured = [field.name for field in dataclasses.fields(Scoring)] + ["validation_samples"]
+    measured = [field.name for field in dataclasses.fields(Scoring)] + ["validation_samples", "device"]
     made_of = {
         "checkpoint": [entry.step, entry.time, run_fingerprint(settings)],
         "settings": {name: getattr(settings, name) for name in measured} | {"tasks": settings.task_names()},
@@ -117,7 +122,19 @@ def _made_of(settings: EvaluateJob) -> dict[str, Any]:
     if settings.validation_samples:
         tokens = require_manifest(storage.join(settings.workspace, "tokens/validation"), "tokenize")
         made_of["tokens"] = tokens["fingerprint"]
+    if settings.task_names():
+        made_of |= {"harness": version("lm_eval"), "files": _files(settings)}
     return made_of
+
+
+def _files(settings: EvaluateJob) -> str:
+    """Tells apart what the local files of the tasks were, by their sizes and times."""
+    folders = [storage.join(settings.data_dir, name) for name in DATA] if settings.data_dir is not None else []
+    found: list[Any] = []
+    for uri in [*folders, *(name for name in settings.task_names() if name.endswith((".yaml", ".yml")))]:
+        with contextlib.suppress(FileNotFoundError):  # a task that reads it says so
+            found += storage.list_files(uri)
+    return xxhash.xxh3_128_hexdigest(json.dumps(found).encode())
 
 
 def score(settings: EvaluateJob, device: str, write: Write) -> dict[str, Any]:
@@ -140,7 +157,7 @@ def score_by_copies(settings: EvaluateJob, device: str, write: Write) -> dict[st
     return _score(settings, open_on_cluster(settings), write)
 
 
-def _score(settings: EvaluateJob, opened: AbstractContextManager[Any], write: Write) -> dict[str, Any]:
+def _score(settings: EvaluateJob, opened: contextlib.AbstractContextManager[Any], write: Write) -> dict[str, Any]:
     harness = None
     if settings.task_names():
         from jobs import eval_harness  # brings lm_eval, which takes seconds

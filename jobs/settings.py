@@ -181,9 +181,9 @@ class Scoring:
     pass_at_k: list[int] | None = None
     """Numbers of programs that may be tried, of which one has to pass; null takes the task's."""
     temperature: float = 0.2
-    """Of programs where several are drawn for each problem."""
+    """Of the programs, with `samples_per_problem` above 1: how freely they are drawn; near 0 the likeliest tokens."""
     top_p: float = 0.95
-    """Likewise."""
+    """Likewise: each token is drawn from the likeliest that together have this probability."""
 
     def task_names(self) -> list[str]:
         """``tasks`` as a list."""
@@ -198,6 +198,9 @@ class Scoring:
         """Raise SettingsError for what cannot work, before anything is loaded."""
         shots = self.num_fewshot.values() if isinstance(self.num_fewshot, dict) else [self.num_fewshot or 0]
         require(min(shots, default=0) >= 0, "num_fewshot", self.num_fewshot, "at least 0")
+        named = self.num_fewshot if isinstance(self.num_fewshot, dict) else {}
+        known = not self.task_names() or named.keys() <= set(self.task_names())
+        require(known, "num_fewshot", self.num_fewshot, "of names that are in tasks")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or null for all")
         samples, ks = self.samples_per_problem, self.pass_at_k
         require(samples is None or samples >= 1, "samples_per_problem", samples, "at least 1, or null")

@@ -96,8 +96,10 @@ def _sequences(requests: Sequence[Request], longest: int, size: int, targets_bel
         tokens = np.concatenate([last[1], np.array(continuation[:-1], ">i4")])
         if len(tokens) > longest:
             raise ValueError(f"request {i} has {len(tokens)} tokens, but model.max_seq_len is {longest}")
-        if tokens.min() < 0 or tokens.max() >= size or not _within(continuation, targets_below):
+        if tokens.min() < 0 or tokens.max() >= size:
             raise ValueError(f"request {i} has ids outside the vocabulary of {size}")
+        if not _within(continuation, targets_below):
+            raise ValueError(f"request {i} asks for ids outside the vocabulary of {targets_below}")
         sequence = found.setdefault(tokens.tobytes(), _Sequence(tokens))
         sequence.asked.append((i, list(continuation)))
     return [found[key] for key in sorted(found)]

@@ -111,6 +111,8 @@ def test_scores_and_samples_are_those_of_the_harness_with_transformers(workspace
                     assert float(own[0]) == pytest.approx(other[0], abs=1e-4)
     assert "|anatomy " in capsys.readouterr().out
     assert evaluate.run(job(workspace, data, tasks=f"{MMLU},gsm8k")) == results  # not scored again
+    os.utime(f"{data}/gsm8k/test.jsonl", (1, 1))
+    assert evaluate.run(job(workspace, data, tasks=f"{MMLU},gsm8k"))["time"] > results["time"]  # of other files
 
 
 def test_documents_are_those_of_the_hub_in_either_form_of_the_files(data, tmp_path):
@@ -307,6 +309,13 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_program(samples):
     for right, k in itertools.product(range(samples + 1), range(1, samples + 1)):
         draws = [any(i < right for i in chosen) for chosen in itertools.combinations(range(samples), k)]
         assert pass_at_k(samples, right, k) == pytest.approx(sum(draws) / len(draws))
+
+
+def test_settings_that_would_do_nothing_are_refused(data):
+    with pytest.raises(SettingsError, match="num_fewshot is .*of names that are in tasks"):
+        EvaluateJob(tasks="mmlu", num_fewshot={"mmlu_anatomy": 5}).validate()
+    with pytest.raises(SettingsError, match=r"pass_at_k is \[1, 10\], but humaneval draws 1 program"):
+        Tasks(data, CodeEval(allowed=True, ks=[1, 10])).load(["humaneval"])
 
 
 def test_no_program_runs_unless_that_was_allowed(data):

@@ -134,7 +134,7 @@ def test_probabilities_are_over_the_ids_that_count():
         (([1], []), "request 1 has an empty continuation"),
         (([1] * 220, [1, 2]), "request 1 has 221 tokens, but model.max_seq_len is 220"),
         (([1, 97], [1]), "request 1 has ids outside the vocabulary of 97"),
-        (([1], [97]), "request 1 has ids outside the vocabulary of 97"),
+        (([1], [97]), "request 1 asks for ids outside the vocabulary of 97"),
     ],
 )
 def test_requests_that_cannot_be_scored_are_named(request_, reason):
