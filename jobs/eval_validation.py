@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def validation(trained: Trained, workspace: str, samples: int, batch: int) -> dict[str, float]:
     """Loss in nats a token and bits a byte over the first sequences of the validation split.
 
-    The sequences are those that pretraining validates on, when ``samples`` is its ``validation_samples``.
+    The sequences, and what attention sees of them, are those that pretraining validates on, when ``samples`` is its
+    ``validation_samples``.
 
     Raises:
         SettingsError: the token shards were made with another tokenizer than the workspace's, or with more tokens than
@@ -24,6 +25,7 @@ def validation(trained: Trained, workspace: str, samples: int, batch: int) -> di
     """
     import torch
 
+    from models.attention import document_index
     from models.loss import IGNORE, inputs_and_targets
     from pipelines.batches import Batches
     from pipelines.shards import TokenShards
@@ -50,8 +52,10 @@ def validation(trained: Trained, workspace: str, samples: int, batch: int) -> di
     nats, tokens, size = 0.0, 0.0, 0.0
     for rows, weights in split.in_order(samples, 0, 1, batch):
         inputs, targets = inputs_and_targets(torch.from_numpy(rows[weights > 0]))
+        there = inputs.to(trained.device)
+        documents = document_index(there, trained.tokenizer.eot_id) if trained.masked else None
         with torch.inference_mode():
-            losses = trained.model(inputs.to(trained.device), targets.to(trained.device), reduction="none")
+            losses = trained.model(there, targets.to(trained.device), reduction="none", documents=documents)
         nats += losses.double().sum().item()
         targets = targets[targets != IGNORE]
         tokens += targets.numel()

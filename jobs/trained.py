@@ -39,6 +39,7 @@ class Trained:
         device: where the model is.
         name: of the run, or of the model's folder or repository.
         fingerprint: of weights, shape and tokenizer: equal fingerprints mean equal answers.
+        masked: whether it was trained with attention within documents alone (``mask_documents``).
     """
 
     model: Transformer
@@ -47,6 +48,7 @@ class Trained:
     device: torch.device
     name: str
     fingerprint: str
+    masked: bool = False
 
 
 def load(settings: OfRun, device: str | None = None) -> Trained:
@@ -63,7 +65,8 @@ def load(settings: OfRun, device: str | None = None) -> Trained:
     load_one = _load_run if settings.model is None else _load_model
     model, tokenizer, step, name, made_of = load_one(settings)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Trained(parallelize(model, None, where).eval(), tokenizer, step, where, name, made_of)
+    masked = settings.model is None and find(settings)[1].get("settings", {}).get("mask_documents", False)
+    return Trained(parallelize(model, None, where).eval(), tokenizer, step, where, name, made_of, masked)
 
 
 def located(settings: Settings) -> Settings:
