@@ -1,6 +1,8 @@
 """Evaluate, generate and export, on a run that was put into a workspace by hand; transformers is the judge."""
 
+import dataclasses
 import glob
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -12,6 +14,7 @@ import transformers
 
 from jobs import evaluate, export, generate
 from jobs.cli import main
+from jobs.eval_validation import validation
 from jobs.run_folder import StoredRun
 from jobs.settings import EvaluateJob, ExportJob, GenerateJob, OfRun, SettingsError
 from jobs.trained import load
@@ -158,6 +161,27 @@ def test_validation_loss_is_transformers_loss_on_the_same_sequences(workspace, e
     bits = np.mean(losses) * len(targets) / math.log(2) / size
     assert results["validation_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert json.loads(storage.read_bytes(f"{workspace}/evals/base/results.json")) == results
+
+
+def test_validation_of_a_run_that_masked_documents_reads_each_alone(workspace, exported):
+    model, tokenizer = exported
+    trained = dataclasses.replace(load(OfRun(workspace=workspace)), masked=True)
+    tokens = ([*tokenizer.encode(TEXT * 30), tokenizer.eos_token_id]) * 2
+    samples = tokens.index(tokenizer.eos_token_id) // LENGTH + 1
+    # the last has the end of one document and the beginning of another
+    assert tokens.index(tokenizer.eos_token_id) < samples * LENGTH - 1
+    result = validation(trained, workspace, samples, 3)
+    losses = []
+    for i in range(samples):
+        sample = tokens[i * LENGTH : (i + 1) * LENGTH + 1]
+        starts = [0, *(at + 1 for at, token in enumerate(sample[:-1]) if token == tokenizer.eos_token_id)]
+        for start, stop in itertools.pairwise([*starts, LENGTH]):
+            if start < stop:
+                with torch.no_grad():
+                    logits = model(torch.tensor([sample[start:stop]])).logits[0]
+                targets = torch.tensor(sample[start + 1 : stop + 1])
+                losses += torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
+    assert result["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_shards_of_another_tokenizer_are_not_scored(workspace):
