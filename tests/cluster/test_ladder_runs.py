@@ -15,6 +15,7 @@ from pipelines import storage
 pytestmark = pytest.mark.cluster
 
 
+@pytest.mark.lab
 def test_a_ladder_keeps_the_rungs_that_are_there_and_writes_what_it_foretells(token_workspace, capsys):
     base = PretrainJob(
         model=ModelSettings(d_model=32, n_layers=1, n_heads=8, n_kv_heads=8, d_ff=64),

@@ -175,6 +175,7 @@ def calls(folder, trial):
     return len(storage.read_bytes(f"{folder}/trials/{trial}/calls.txt").split())
 
 
+@pytest.mark.lab
 def test_sixteen_trials_killed_half_way_are_run_once_each_and_find_the_planted_optimum(tmp_path, ray_session):
     folder = f"{tmp_path}/sweeps/planted"
     code = (
@@ -198,6 +199,7 @@ def test_sixteen_trials_killed_half_way_are_run_once_each_and_find_the_planted_o
     assert all(row["step"] < 80 for row in hopeless)
 
 
+@pytest.mark.lab
 def test_a_population_takes_over_weights_and_tells_its_lineage(token_workspace):
     base = dataclasses.replace(sweep_of(token_workspace).pretrain, steps=20)
     space = {"optimizer.lr": SearchDimension(low=1e-6, high=3e-2)}
