@@ -310,7 +310,8 @@ def _feed(actor: Any, kind: str, requests: Sequence[Any], share: _Share, results
                 results.put(answers)
         except RayActorError as failure:
             lost += 1
-            log.warning("evaluate: a copy of the model was lost; %d items are asked again", len(left))
+            if not share.closed:  # at the end of a process its actors go too
+                log.warning("evaluate: a copy of the model was lost; %d items are asked again", len(left))
             error = failure if lost > _MOST_LOST else None
         except Exception as failure:
             error = failure
