@@ -71,9 +71,10 @@ class Harness:
             step: name of the folder in it that gets the results and samples.
 
         Returns:
-            scores, rows as of ``rows``; failed, the reasons by task; table, for people; files, the harness's.
+            scores, rows as of ``rows``; failed, the reasons by task; cut, the requests by task that were longer than
+            the model can read, where there were some; table, for people; files, the harness's.
         """
-        failed, found = dict(self.failed), []
+        failed, found, cut = dict(self.failed), [], {}
         with FinishedItems(storage.join(folder, "cache", known.fingerprint)) as finished:
             workers = CachedWorkers(model, finished)
             lm = IngotLM(workers, known.tokenizer, known.max_length)
@@ -81,12 +82,17 @@ class Harness:
                 if name in failed:
                     continue
                 log.info("evaluate: task %s", name)
+                lm.asked = lm.cut = 0
                 try:
                     found.append(self._evaluate(name, lm))
                 except Exception as error:
                     log.exception("evaluate: task %s failed", name)
                     failed[name] = _reason(error)
+                if lm.cut:
+                    cut[name] = f"{lm.cut:,} of {lm.asked:,} requests were longer than max_seq_len {lm.max_length:,}"
+                    log.warning("evaluate: task %s: %s; their beginnings were cut", name, cut[name])
         out: dict[str, Any] = {"scores": [], "table": "", **({"failed": failed} if failed else {})}
+        out |= {"cut": cut} if cut else {}
         if found:
             whole = _merged(found)
             whole["config"] |= self._about(known)

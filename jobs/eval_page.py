@@ -21,6 +21,7 @@ def evaluation_sections(workspace: str, run: str) -> str:
     names = ("validation_loss", "validation_bits_per_byte")
     lines = [[name.replace("_", " "), value(newest[name])] for name in names if name in newest]
     lines += [[f"{task} failed", reason] for task, reason in newest.get("failed", {}).items()]
+    lines += [[f"{task} cut", told] for task, told in newest.get("cut", {}).items()]
     out = [table(f"Evaluation at step {newest['step']:,}", ["", ""], lines)]
     scores = newest.get("scores", [])
     out.append(table("" if lines else f"Evaluation at step {newest['step']:,}", _HEADER, _lines(scores, roots(scores))))

@@ -172,6 +172,10 @@ class IngotLM(TemplateLM):
         max_length: tokens the model can read.
         eot_id: the token that ends texts; None is the tokenizer's.
         prefix_id: the token in front of a text that has no context; None is the one that begins texts.
+
+    Attributes:
+        asked: requests so far; of whole texts, their windows.
+        cut: those of them that were longer than the model can read, so that their beginnings were left out.
     """
 
     def __init__(
@@ -185,6 +189,7 @@ class IngotLM(TemplateLM):
         super().__init__()
         self.workers = workers
         self.max_length = max_length
+        self.asked = self.cut = 0
         self._eot_id = tokenizer.eot_id if eot_id is None else eot_id
         self._prefix_id = getattr(tokenizer, "bos_id", self._eot_id) if prefix_id is None else prefix_id
         self._encode = Encoder(tokenizer)
@@ -244,7 +249,9 @@ class IngotLM(TemplateLM):
                 )
             # the last token is predicted, never read
             over = len(context) + len(continuation) - self.max_length - 1
+            self.cut += over > 0
             asked.append((context[over:] if over > 0 else context, continuation))
+        self.asked += len(asked)
         results: list[Any] = [None] * len(asked)
         for index, value in self.workers.log_likelihoods(asked):
             results[index] = value
@@ -287,7 +294,10 @@ class IngotLM(TemplateLM):
                     f"a task asks for {sampling.max_new_tokens} new tokens, but the model's max_seq_len is "
                     f"{self.max_length}; ask for less with max_gen_toks"
                 )
-            asked.append((self.tok_encode(text)[-room:], until, sampling))
+            prompt = self.tok_encode(text)
+            self.cut += len(prompt) > room
+            asked.append((prompt[-room:], until, sampling))
+        self.asked += len(asked)
         results: list[Any] = [None] * len(asked)
         for index, text in self.workers.generate(asked):
             results[index] = text

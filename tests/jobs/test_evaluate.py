@@ -1,6 +1,7 @@
 """Evaluations: lm_eval's own backend for transformers is the judge of scores, and its writer of files."""
 
 import csv
+import dataclasses
 import glob
 import gzip
 import itertools
@@ -239,6 +240,15 @@ def test_a_task_that_fails_is_named_and_the_others_go_on(workspace, data, monkey
         results = json.load(file)
     assert [row["items"] for row in results["scores"] if row["task"] == "mmlu_anatomy"] == [3]
     assert "gsm8k" in results["failed"]
+
+
+def test_requests_longer_than_the_model_reads_are_told(workspace, data, monkeypatch, caplog):
+    whole = Model.facts
+    monkeypatch.setattr(Model, "facts", lambda self: dataclasses.replace(whole(self), max_length=60))
+    results = evaluate.run(job(workspace, data, tasks="mmlu_anatomy", limit=2))
+    told = "8 of 8 requests were longer than max_seq_len 60"
+    assert results["cut"] == {"mmlu_anatomy": told}
+    assert f"task mmlu_anatomy: {told}; their beginnings were cut" in caplog.text
 
 
 def test_rows_are_below_the_next_group_that_has_scores_and_hold_numbers_only():

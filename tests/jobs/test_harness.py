@@ -135,6 +135,20 @@ def test_texts_end_before_the_token_that_ends_texts(tokenizer, trained, ours):
     assert ending.generate_until(instances(("the cat", {"max_gen_toks": 8}))) == [expected]
 
 
+def test_requests_whose_beginnings_are_cut_are_counted(tokenizer, ours):
+    lm = IngotLM(ours.workers, tokenizer, LENGTH)
+    context = [5] * LENGTH
+    lm._loglikelihood_tokens([(None, context, [7]), (None, context, [7, 8]), (None, context[1:], [7, 8])])
+    assert (lm.cut, lm.asked) == (1, 3)
+    for tokens, cut in ((LENGTH - 4, 1), (LENGTH - 3, 2)):
+        text = tokenizer.decode([tokenizer.encode("x")[0]] * tokens)
+        assert len(lm.tok_encode(text)) == tokens
+        lm.generate_until(instances((text, {"max_gen_toks": 4})))
+        assert lm.cut == cut
+    lm.loglikelihood_rolling(instances((text * 2,)))  # in windows, of which none is cut
+    assert lm.cut == 2
+
+
 def test_samples_of_one_prompt_differ_and_come_again(ours):
     settings = {"max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
     requests = instances(*[("the cat", settings)] * 4)
