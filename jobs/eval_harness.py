@@ -21,9 +21,8 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import make_table
 
 from jobs.eval_cache import CachedWorkers, FinishedItems
-from jobs.eval_code import CodeEval
 from jobs.eval_pictures import tasks_picture
-from jobs.eval_tasks import Tasks
+from jobs.eval_tasks import tasks_of
 from jobs.eval_workers import Facts
 from jobs.harness import IngotLM, Workers
 from jobs.settings import Scoring, SettingsError
@@ -49,14 +48,7 @@ class Harness:
 
     def __init__(self, settings: Scoring) -> None:
         self.settings = settings
-        code = CodeEval(
-            allowed=settings.allow_code_execution,
-            samples=settings.samples_per_problem,
-            ks=settings.pass_at_k,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-        )
-        self.tasks = Tasks(settings.data_dir, code)
+        self.tasks = tasks_of(settings)
         self.failed: dict[str, str] = {}
         for name in settings.task_names():
             self._try(name, lambda name=name: self.tasks.load([name]))

@@ -12,6 +12,7 @@ import functools
 import gzip
 import io
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,8 +24,10 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from jobs.eval_code import METRIC, CodeEval, forget_modules
-from jobs.settings import SettingsError
+from jobs.settings import Scoring, SettingsError
 from pipelines import storage
+
+log = logging.getLogger("ingot")
 
 _COLUMNS = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 
@@ -62,6 +65,45 @@ class Tasks(TaskManager):
                 self.code.adapt(task)
             self._loaded[names] = loaded
         return self._loaded[names]
+
+
+def tasks_of(settings: Scoring) -> Tasks:
+    """The tasks as the settings want them: their data, and how programs are drawn."""
+    code = CodeEval(
+        allowed=settings.allow_code_execution,
+        samples=settings.samples_per_problem,
+        ks=settings.pass_at_k,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+    )
+    return Tasks(settings.data_dir, code)
+
+
+def check(settings: Scoring) -> None:
+    """Refuse what an evaluation would refuse, without fetching anything from the hub.
+
+    Raises:
+        SettingsError: there is no such task, a local file is missing, or generated code may not run.
+    """
+    tasks = tasks_of(settings)
+    for name in settings.task_names():
+        try:
+            with mock.patch.object(ConfigurableTask, "download", _refuse):
+                tasks.load([name])
+        except _OfTheHubError:
+            continue
+        except SettingsError:
+            raise
+        except Exception as error:  # such as a package that is not installed; scoring tells it of this task alone
+            log.warning("evaluate: task %s cannot be loaded here: %s: %s", name, type(error).__name__, error)
+
+
+class _OfTheHubError(Exception):
+    """A task's data would have to be fetched."""
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise _OfTheHubError
 
 
 @functools.lru_cache(maxsize=1)

@@ -41,13 +41,17 @@ def run(settings: PretrainJob) -> dict[str, float]:
     """Train to the last step, going on where the run was; returns its final losses.
 
     Raises:
-        SettingsError: the run of this name was started with other settings.
+        SettingsError: the run of this name was started with other settings, or there is no such task to score it on.
         FileNotFoundError: the token shards are not there.
         TrainingStoppedError: it went back too often.
     """
     opened, folder, changed = _open(settings)  # refused or done: in either case Ray need not start
     if not changed and (done := _already_done(opened, folder)):
         return done
+    if opened.evaluate.task_names():
+        from jobs import eval_tasks  # brings lm_eval, which takes seconds
+
+        eval_tasks.check(opened.evaluate)
     beside = 1 if settings.measures_beside() else 0
     with ray_session(math.ceil(settings.workers * settings.cpus_per_worker) + beside) as only_this_machine:
         if only_this_machine:

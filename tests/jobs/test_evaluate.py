@@ -335,6 +335,25 @@ def test_no_program_runs_unless_that_was_allowed(data):
         Tasks(data).load(["mbpp"])
 
 
+def test_tasks_of_checkpoints_are_checked_before_training_begins(workspace, data, tmp_path, monkeypatch):
+    from jobs import eval_tasks, pretrain
+
+    def refused(tasks, **changes):
+        scoring = {"tasks": tasks, "every_steps": 10, **changes}
+        settings = PretrainJob(workspace=workspace, evaluate=ScoringBesideTraining(**scoring))
+        with pytest.raises(SettingsError) as error:
+            pretrain.run(settings)
+        return str(error.value)
+
+    monkeypatch.setattr(pretrain, "_open", lambda settings: (settings, StoredRun(f"{workspace}/runs/new"), []))
+    monkeypatch.setattr(pretrain, "ray_session", None)  # nothing is started
+    assert "tasks has 'mmlu_anatomie'; the harness has no such task; near are" in refused("gsm8k,mmlu_anatomie")
+    assert "there is no file" in refused("gsm8k", data_dir=str(tmp_path))
+    assert "allow_code_execution is False" in refused("humaneval")
+    fine = ScoringBesideTraining(tasks="mmlu_anatomy,hellaswag", data_dir=data)
+    eval_tasks.check(fine)  # asks the hub for nothing
+
+
 # Several devices, several checkpoints
 
 
