@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.charts import byte_size, number
+from jobs.evaluate import RESULTS, evals_folder, step_folder
 from jobs.events import counted, seconds
 from jobs.history import History
 from jobs.run_folder import StoredRun
@@ -35,7 +36,7 @@ def model_card(settings: ExportJob, trained: Trained, files: list[str]) -> str:
     facts: dict[str, Any] = {}
     if settings.model is None:
         folder, facts, entry = find(settings)
-        parts = [_training(folder, facts, entry.step), _data(facts.get("data", {})), _scores(settings, entry.step)]
+        parts = [_training(folder, facts, entry.step), _data(facts.get("data", {})), _scores(settings, trained)]
     else:
         parts = []
     kind = "Qwen3" if config.qk_norm else "Llama"
@@ -185,17 +186,12 @@ def _data(data: dict[str, Any]) -> str:
     return "## Data\n\n" + "\n\n".join(out) if out else ""
 
 
-def _scores(settings: ExportJob, step: int) -> str:
-    """What was measured of this checkpoint by ``ingot evaluate``."""
-    folder = storage.join(settings.workspace, "evals", settings.name)
-    if not storage.exists(folder):
+def _scores(settings: ExportJob, trained: Trained) -> str:
+    """What was measured of these very weights by ``ingot evaluate``: a run that went back has others of the step."""
+    folder = storage.join(evals_folder(settings.workspace, settings.name), step_folder(trained.step))
+    found = storage.json_if_there(storage.join(folder, RESULTS)) or {}
+    if not found.get("fingerprint", "").startswith(trained.fingerprint):
         return ""
-    found: dict[str, Any] = {}
-    for file in storage.list_files(folder):
-        if storage.file_name(file.uri) == "results.json":
-            results = storage.read_json(file.uri)
-            if results.get("step") == step and results.get("time", 0) >= found.get("time", 0):
-                found = results
     rows = []
     for score in found.get("scores", []):
         if score["group"] is None:  # those of its parts are in the results

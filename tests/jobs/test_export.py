@@ -16,7 +16,7 @@ from jobs import export
 from jobs.gguf import pre_tokenizer, write_gguf
 from jobs.run_folder import StoredRun
 from jobs.settings import ExportJob, OfRun, PretrainJob, SettingsError, checked
-from jobs.trained import load
+from jobs.trained import load, run_fingerprint
 from models.config import ModelConfig, OptimizerConfig, RopeScaling
 from models.generate import Engine, Sampling, generate
 from models.optimizer import build_optimizer
@@ -74,10 +74,6 @@ def workspace(tmp_path_factory):
         measured = {"step": step, "time": step + 1, "validation_loss": 4.5 - step / 10, "validation_bits_per_byte": 1.5}
         run.append_line("metrics/a.jsonl", json.dumps(measured))
     run.append_line("events.jsonl", json.dumps({"time": 1, "event": "rollback"}))
-    score = {"task": "mmlu", "group": None, "metric": "acc", "filter": "none", "value": 0.2612, "stderr": 0.0037}
-    scores = [score | {"n_shot": 5}, score | {"task": "mmlu_law", "group": "mmlu", "n_shot": 5}]
-    storage.write_json(f"{workspace}/evals/base/results.json", {"step": 20, "time": 9, "scores": scores})
-    storage.write_json(f"{workspace}/evals/base/step-10/results.json", {"step": 10, "time": 5, "validation_loss": 3.5})
     ledger = Ledger()
     for step in (10, 20):
         model = of_size(Transformer(CONFIG, seed=step))
@@ -85,6 +81,12 @@ def workspace(tmp_path_factory):
         checkpoints.save(run, name, model, build_optimizer(model, OptimizerConfig()), {})
         ledger.add(Entry(step, step, step, 1.0, name, "clean"))
     run.write_json(LEDGER, ledger.to_dict())
+    score = {"task": "mmlu", "group": None, "metric": "acc", "filter": "none", "value": 0.2612, "stderr": 0.0037}
+    scores = [score | {"n_shot": 5}, score | {"task": "mmlu_law", "group": "mmlu", "n_shot": 5}]
+    for step, measured in ((20, {"scores": scores}), (10, {"validation_loss": 3.5})):
+        fingerprint = run_fingerprint(OfRun(workspace, step=step)) + "-float32-cpu"
+        results = {"step": step, "fingerprint": fingerprint, **measured}
+        storage.write_json(f"{workspace}/evals/base/step-{step:08d}/results.json", results)
     return workspace
 
 
@@ -190,6 +192,10 @@ def test_model_card_tells_the_runs_own_facts(workspace, tmp_path):
     assert "| steps | 10 of 20 |" in card
     assert "| validation split | validation loss |  |  | 3.5000 |" in card
     assert "mmlu" not in card
+    # and not that of other weights, of the same step of a run that went back
+    storage.write_json(f"{workspace}/evals/base/step-00000010/results.json", {"fingerprint": "0", "validation_loss": 3})
+    export.run(ExportJob(workspace=workspace, output=folder, step=10))
+    assert "validation split" not in storage.read_bytes(f"{folder}/README.md").decode()
     assert not any(name.endswith(".gguf") for name in files_of(folder))  # the earlier export's
 
 
