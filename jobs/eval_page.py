@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.eval_pictures import curves_picture, group_picture, roots
+from jobs.evaluate import RESULTS, evals_folder
 from jobs.events import value
 from jobs.page import figure, folded, table
+from jobs.run_folder import StoredRun
+from models.training.ledger import LEDGER, Ledger
 from pipelines import storage
 
 _HEADER = ["task", "n-shot", "questions", "metric", "filter", "score", "standard error"]
@@ -14,7 +17,7 @@ _HEADER = ["task", "n-shot", "questions", "metric", "filter", "score", "standard
 
 def evaluation_sections(workspace: str, run: str) -> str:
     """The newest checkpoint's scores as a table and pictures, and all checkpoints' as curves; empty without any."""
-    checkpoints = measured(storage.join(workspace, "evals", run))
+    checkpoints = measured(workspace, run)
     if not checkpoints:
         return ""
     newest = checkpoints[-1]
@@ -36,18 +39,21 @@ def evaluation_sections(workspace: str, run: str) -> str:
     return "\n".join(part for part in out if part)
 
 
-def measured(folder: str) -> list[dict[str, Any]]:
+def measured(workspace: str, run: str) -> list[dict[str, Any]]:
     """The results of a run's checkpoints, by rising step.
 
-    Args:
-        folder: evals/NAME of a workspace.
+    Those of checkpoints that the run went back from are left out, as their losses are: in the ledger they are poisoned
+    or not there, or another one of the same step, written after the results, has taken their place.
     """
+    ledger = StoredRun(storage.join(workspace, "runs", run)).read_json(LEDGER)
+    good = {e.step: e for e in Ledger.from_dict(ledger).entries if e.status in ("clean", "pending")}
     try:
-        files = storage.list_files(storage.join(folder, "step-*", "results.json"))
+        files = storage.list_files(storage.join(evals_folder(workspace, run), "step-*", RESULTS))
     except FileNotFoundError:
         return []
-    found = [storage.json_if_there(file.uri) for file in files]
-    return sorted((one for one in found if one), key=lambda one: one["step"])
+    found = [one for file in files if (one := storage.json_if_there(file.uri))]
+    counting = [one for one in found if one["step"] in good and one["time"] >= good[one["step"]].time]
+    return sorted(counting, key=lambda one: one["step"])
 
 
 def _root(scores: list[dict[str, Any]], row: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from jobs.run_folder import StoredRun
 from jobs.settings import EvaluateJob, ExportJob, FailedError, PretrainJob, ScoringBesideTraining, SettingsError
 from jobs.worker import validation_due
 from models.generate import Sampling
+from models.training.ledger import LEDGER
 
 MMLU = "mmlu_anatomy,mmlu_virology"
 
@@ -433,6 +434,16 @@ def test_checkpoints_become_curves_on_the_page_and_earlier_scores_stay(workspace
     assert "mmlu_virology acc (2-shot, 4 questions)" in page
     assert "step 10: " in page
     assert "step 20: " in page
+    assert evaluate.run(job(workspace, data, tasks="mmlu_virology", step=30, limit=4))["step"] == 30  # poisoned
+    assert evaluation_sections(workspace, "base") == page
+    run = StoredRun(f"{workspace}/runs/base")
+    before = run.read_json(LEDGER)
+    try:  # the run went back from step 10 too, and has another checkpoint of it by now
+        again = [entry | ({"time": time.time()} if entry["step"] == 10 else {}) for entry in before["checkpoints"]]
+        run.write_json(LEDGER, before | {"checkpoints": again})
+        assert "step 10: " not in evaluation_sections(workspace, "base")
+    finally:
+        run.write_json(LEDGER, before)
 
 
 def test_scores_of_checkpoints_while_training_are_those_of_evaluate_and_failures_are_told(workspace, data, tmp_path):
