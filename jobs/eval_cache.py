@@ -1,7 +1,8 @@
 """Finished items of evaluations on storage: an evaluation that is killed, or asked for again, repeats none of them.
 
 An item is one log-likelihood or one generated text of one model. What it hangs on, tokens and sampling, is its key;
-the model is the folder.
+the model, with its precision and kind of device, is the folder, and so is ``MEANING``: what code gave that meant
+something else is not taken.
 """
 
 from __future__ import annotations
@@ -26,8 +27,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ingot")
 
+MEANING = 1
+"""Of the same request: to be raised when what scores or continues texts comes to another answer than it did before."""
+
 _REMOTE_EVERY = 20.0  # seconds between the objects that are written where files cannot grow
 _TOLD_EVERY = 10.0
+
+
+def cache_folder(folder: str, fingerprint: str) -> str:
+    """Where the finished items of one model are, below the folder of what was measured of a run or model."""
+    return storage.join(folder, "cache", f"{fingerprint}-{MEANING}")
 
 
 class FinishedItems:

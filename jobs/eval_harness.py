@@ -20,7 +20,7 @@ from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import make_table
 
-from jobs.eval_cache import CachedWorkers, FinishedItems
+from jobs.eval_cache import CachedWorkers, FinishedItems, cache_folder
 from jobs.eval_pictures import tasks_picture
 from jobs.eval_tasks import tasks_of
 from jobs.eval_workers import Facts
@@ -67,7 +67,7 @@ class Harness:
             the model can read, where there were some; table, for people; files, the harness's.
         """
         failed, found, cut = dict(self.failed), [], {}
-        with FinishedItems(storage.join(folder, "cache", known.fingerprint)) as finished:
+        with FinishedItems(cache_folder(folder, known.fingerprint)) as finished:
             workers = CachedWorkers(model, finished)
             lm = IngotLM(workers, known.tokenizer, known.max_length)
             for name in self.settings.task_names():

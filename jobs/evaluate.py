@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from jobs.eval_cache import MEANING
 from jobs.placing import Write, place
 from jobs.settings import EvaluateJob, FailedError, Scoring
 from jobs.trained import find, located, run_fingerprint
@@ -118,6 +119,7 @@ def _made_of(settings: EvaluateJob) -> dict[str, Any]:
         "checkpoint": [entry.step, entry.time, run_fingerprint(settings)],
         "settings": {name: getattr(settings, name) for name in measured} | {"tasks": settings.task_names()},
         "version": ingot_version(),
+        "meaning": MEANING,
     }
     if settings.validation_samples:
         tokens = require_manifest(storage.join(settings.workspace, "tokens/validation"), "tokenize")

@@ -18,7 +18,7 @@ import test_trained_run
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
-from jobs import eval_workers, evaluate, export
+from jobs import eval_cache, eval_workers, evaluate, export
 from jobs.eval_cache import CachedWorkers, FinishedItems
 from jobs.eval_code import CodeEval, pass_at_k
 from jobs.eval_harness import rows
@@ -115,6 +115,18 @@ def test_scores_and_samples_are_those_of_the_harness_with_transformers(workspace
     assert evaluate.run(job(workspace, data, tasks=f"{MMLU},gsm8k")) == results  # not scored again
     os.utime(f"{data}/gsm8k/test.jsonl", (1, 1))
     assert evaluate.run(job(workspace, data, tasks=f"{MMLU},gsm8k"))["time"] > results["time"]  # of other files
+
+
+def test_what_older_code_scored_is_scored_anew_when_it_meant_something_else(workspace, data, monkeypatch):
+    asked = []
+    whole = Model.log_likelihoods
+    monkeypatch.setattr(Model, "log_likelihoods", lambda self, r: (asked.append(len(r)), whole(self, r))[1])
+    settings = job(workspace, data, tasks="mmlu_virology", limit=1, num_fewshot=1)
+    for meaning, times in ((1, 1), (1, 1), (2, 2), (2, 2)):
+        monkeypatch.setattr(eval_cache, "MEANING", meaning)
+        monkeypatch.setattr(evaluate, "MEANING", meaning)
+        evaluate.run(settings)
+        assert asked == [4] * times
 
 
 def test_documents_are_those_of_the_hub_in_either_form_of_the_files(data, tmp_path):
