@@ -16,6 +16,7 @@ import xxhash
 
 from jobs.eval_cache import MEANING
 from jobs.placing import Write, place
+from jobs.run_folder import StoredRun
 from jobs.settings import EvaluateJob, FailedError, Scoring
 from jobs.trained import find, located, run_fingerprint
 from pipelines import storage
@@ -25,6 +26,7 @@ log = logging.getLogger("ingot")
 
 DATA = ("mmlu", "gsm8k", "humaneval")  # folders of data_dir, as of jobs.eval_tasks
 RESULTS = "results.json"  # of the checkpoint that was scored last
+_EACH = "results.jsonl"  # what each evaluation of a checkpoint measured, of which the file above is made
 
 
 def run(settings: EvaluateJob) -> dict[str, Any]:
@@ -86,19 +88,37 @@ def _one(settings: EvaluateJob) -> dict[str, Any]:
 def keep(results: dict[str, Any]) -> dict[str, Any]:
     """Write the results of ``score`` into the folder of their checkpoint, and as the newest; returns what was written.
 
-    What was measured of the same weights before, on the same kind of device, stays beside it.
+    What was measured of the same weights before, on the same kind of device, stays beside it, also what another
+    evaluation measures meanwhile: each adds a line of its own, and whoever writes last has read them all.
     """
     folder = results.pop("folder")
-    own = storage.join(folder, step_folder(results["step"]))
-    before = storage.json_if_there(storage.join(own, RESULTS)) or {}
-    if before.get("fingerprint") == results["fingerprint"]:
-        again = {row["task"] for row in results.get("scores", [])}
-        scores = [row for row in before.get("scores", []) if row["task"] not in again] + results.get("scores", [])
-        results = {k: v for k, v in before.items() if k.startswith("validation_")} | results | {"scores": scores}
-    for uri in {storage.join(own, RESULTS), storage.join(folder, RESULTS)}:
-        storage.write_json(uri, results)
-    log.info("evaluate: results are in %s", own)
-    return results
+    own = StoredRun(storage.join(folder, step_folder(results["step"])))
+    if not own.lines(_EACH) and (before := own.read_json(RESULTS)):  # of an Ingot that kept no lines
+        own.append_line(_EACH, json.dumps(before))
+    own.append_line(_EACH, json.dumps(results))
+    merged, read = {}, 0
+    while (
+        len(lines := own.lines(_EACH)) > read
+    ):  # again: who wrote meanwhile may have had less than we, or we than they
+        read = len(lines)
+        merged = _merged([line for line in lines if line.get("fingerprint") == results["fingerprint"]])
+        for uri in {own.uri(RESULTS), storage.join(folder, RESULTS)}:
+            storage.write_json(uri, merged)
+    log.info("evaluate: results are in %s", own.folder)
+    return merged
+
+
+def _merged(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of the same weights as one: the last ones, and of earlier ones what those did not measure."""
+    whole: dict[str, Any] = {}
+    for one in results:
+        scores = one.get("scores", [])
+        again = {row["task"] for row in scores}
+        before = [row for row in whole.get("scores", []) if row["task"] not in again]
+        cut = {task: told for task, told in whole.get("cut", {}).items() if task not in again} | one.get("cut", {})
+        validation = {name: value for name, value in whole.items() if name.startswith("validation_")}
+        whole = validation | one | {"scores": before + scores} | ({"cut": cut} if cut else {})
+    return whole
 
 
 def evals_folder(workspace: str, name: str) -> str:

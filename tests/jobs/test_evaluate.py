@@ -29,6 +29,7 @@ from jobs.settings import EvaluateJob, ExportJob, FailedError, PretrainJob, Scor
 from jobs.worker import validation_due
 from models.generate import Sampling
 from models.training.ledger import LEDGER
+from pipelines import storage
 
 MMLU = "mmlu_anatomy,mmlu_virology"
 
@@ -262,6 +263,30 @@ def test_requests_longer_than_the_model_reads_are_told(workspace, data, monkeypa
     told = "8 of 8 requests were longer than max_seq_len 60"
     assert results["cut"] == {"mmlu_anatomy": told}
     assert f"task mmlu_anatomy: {told}; their beginnings were cut" in caplog.text
+
+
+def test_evaluations_of_one_checkpoint_at_once_lose_nothing(tmp_path, monkeypatch):
+    def measured(task, value, fingerprint="f"):
+        row = {"task": task, "group": None, "value": value}
+        return {"folder": str(tmp_path), "step": 5, "fingerprint": fingerprint, "time": 1.0, "scores": [row]}
+
+    before = {"fingerprint": "f", "time": 0.5, "scores": [{"task": "c", "value": 4}]}  # as Ingot kept them once
+    storage.write_json(str(tmp_path / "step-00000005" / "results.json"), before)
+    evaluate.keep(measured("a", 1) | {"validation_loss": 3.0})
+    evaluate.keep(measured("other weights", 9, "g"))
+    write, others = storage.write_json, [measured("b", 2)]
+
+    def write_late(uri, value):
+        if others:  # another evaluation comes between what this one read and its writing
+            evaluate.keep(others.pop())
+        write(uri, value)
+
+    monkeypatch.setattr(storage, "write_json", write_late)
+    evaluate.keep(measured("a", 3))
+    with open(tmp_path / "step-00000005" / "results.json") as file:
+        results = json.load(file)
+    assert {row["task"]: row["value"] for row in results["scores"]} == {"a": 3, "b": 2, "c": 4}
+    assert results["validation_loss"] == 3.0
 
 
 def test_rows_are_below_the_next_group_that_has_scores_and_hold_numbers_only():
