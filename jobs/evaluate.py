@@ -97,9 +97,7 @@ def keep(results: dict[str, Any]) -> dict[str, Any]:
         own.append_line(_EACH, json.dumps(before))
     own.append_line(_EACH, json.dumps(results))
     merged, read = {}, 0
-    while (
-        len(lines := own.lines(_EACH)) > read
-    ):  # again: who wrote meanwhile may have had less than we, or we than they
+    while len(lines := own.lines(_EACH)) > read:  # again, since what we wrote may lack what came meanwhile
         read = len(lines)
         merged = _merged([line for line in lines if line.get("fingerprint") == results["fingerprint"]])
         for uri in {own.uri(RESULTS), storage.join(folder, RESULTS)}:

@@ -79,6 +79,9 @@ class TokenizerSettings:
         return [END_OF_TEXT, PAD, *self.special_tokens, *(f"<|reserved_{i}|>" for i in range(self.reserved_tokens))]
 
 
+_OURS = (END_OF_TEXT, PAD, END_OF_TEXT)
+
+
 class Tokenizer:
     """A byte-level BPE tokenizer that was trained here, or what a model in Hugging Face's format came with.
 
@@ -128,13 +131,14 @@ class Tokenizer:
         path = uri if uri.endswith(".json") else storage.join(uri, "tokenizer.json")
         backend = _read_backend(path, "; run `ingot tokenizer` first")
         missing = [token for token in (END_OF_TEXT, PAD) if backend.token_to_id(token) is None]
-        if not missing:
-            return cls(backend)
-        # one that was imported: its configuration says which tokens stand for these
+        # that of one that was imported says which tokens stand for these, also where it has tokens of these names
         config = storage.json_if_there(f"{path.removesuffix('tokenizer.json')}tokenizer_config.json") or {}
         names = {role: token_name(config, role) for role in ("eos_token", "pad_token", "bos_token")}
-        if any(names[role] is None or backend.token_to_id(names[role]) is None for role in ("eos_token", "pad_token")):
+        says = all(names[role] and backend.token_to_id(names[role]) is not None for role in ("eos_token", "pad_token"))
+        if missing and not says:
             raise InputError(f"{path}: lacks the special tokens {', '.join(missing)}")
+        if not says or (names["eos_token"], names["pad_token"], names["bos_token"] or END_OF_TEXT) == _OURS:
+            return cls(backend)
         return cls(backend, eot=names["eos_token"], pad=names["pad_token"], bos=names["bos_token"], config=config)
 
     @classmethod

@@ -72,6 +72,19 @@ def test_our_own_tokenizer_is_taken_over_as_it_is(tmp_path):
     assert (taken.eot_id, taken.pad_id, taken.bos_id) == (made.eot_id, made.pad_id, made.eot_id)
 
 
+def test_texts_end_as_the_model_says_also_where_a_token_is_called_as_ours(tmp_path):
+    made = train_on_texts([TEXT * 9], TokenizerSettings(vocab_size=300, reserved_tokens=2))
+    storage.write_bytes(f"{tmp_path}/one/tokenizer.json", made.backend.to_str().encode())
+    end, begin = "<|reserved_0|>", "<|reserved_1|>"
+    for roles in ({"eos_token": end}, {"bos_token": begin, "eos_token": "<|endoftext|>"}):
+        roles |= {"pad_token": "<|pad|>"}
+        storage.write_json(f"{tmp_path}/one/tokenizer_config.json", roles)
+        taken = take(tmp_path / "two", tmp_path / "one")
+        reference = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{tmp_path}/one/tokenizer.json", **roles)
+        assert (taken.eot_id, taken.pad_id) == (reference.eos_token_id, reference.pad_token_id)
+        assert taken.bos_id == (reference.bos_token_id or reference.eos_token_id)
+
+
 def test_tokenizers_that_the_faster_package_does_not_know_are_encoded_by_the_other(tmp_path, theirs, monkeypatch):
     import fastokens
 
