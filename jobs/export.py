@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from jobs.gguf import pre_tokenizer, require_gguf, write_gguf
+from jobs.gguf import pre_tokenizer, require_architecture, require_gguf, write_gguf
 from jobs.model_card import model_card
 from jobs.placing import Write, place
 from jobs.settings import ExportJob, SettingsError
@@ -62,6 +62,7 @@ def _export(settings: ExportJob, device: str, _: Write) -> None:
     hub = None if settings.push_to is None else _hub(settings)  # refused before the work is done
     trained = load(settings, device)
     if settings.gguf is not None:
+        require_architecture(trained.model.config)
         pre_tokenizer(trained.tokenizer)
     output = _output(settings)
     write(settings, trained, output)

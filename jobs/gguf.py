@@ -44,6 +44,20 @@ def require_gguf() -> Any:
     return gguf
 
 
+def require_architecture(config: ModelConfig) -> None:
+    """Refuse what no architecture of llama.cpp has.
+
+    Raises:
+        SettingsError: QK-norm and scaled rotary frequencies: its qwen3 turns by the plain ones, and does not load a
+            file that has others.
+    """
+    if config.qk_norm and config.rope_scaling is not None:
+        raise SettingsError(
+            "gguf: llama.cpp has no architecture with QK-norm whose rotary frequencies are scaled as Llama 3's are, "
+            "and the model has both; export it without gguf"
+        )
+
+
 def pre_tokenizer(tokenizer: Tokenizer) -> str:
     """llama.cpp's name, ``tokenizer.ggml.pre``, of how the tokenizer cuts text before it merges.
 
@@ -84,10 +98,12 @@ def write_gguf(model: Transformer, tokenizer: Tokenizer, path: str, kind: Kind, 
         name: of the model.
 
     Raises:
-        SettingsError: llama.cpp does not know the tokenizer's way to cut text, or the package is not installed.
+        SettingsError: llama.cpp does not know the model's architecture or the tokenizer's way to cut text, or the
+            package is not installed.
     """
     gguf = require_gguf()
     config = model.config
+    require_architecture(config)
     arch = gguf.MODEL_ARCH.QWEN3 if config.qk_norm else gguf.MODEL_ARCH.LLAMA
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     try:

@@ -19,6 +19,7 @@ from jobs.settings import ExportJob, OfRun, PretrainJob, SettingsError, checked
 from jobs.trained import load, run_fingerprint
 from models.config import ModelConfig, OptimizerConfig, RopeScaling
 from models.generate import Engine, Sampling, generate
+from models.hugging_face import save_pretrained
 from models.optimizer import build_optimizer
 from models.training import checkpoints
 from models.training.ledger import LEDGER, Entry, Ledger
@@ -386,3 +387,14 @@ def test_gguf_names_the_pre_tokenizer_or_refuses(settings, pre):
             pre_tokenizer(tokenizer)
     else:
         assert pre_tokenizer(tokenizer) == pre
+
+
+def test_gguf_of_a_model_that_llama_cpp_cannot_have_is_refused_before_anything_is_written(tmp_path):
+    folder, output = str(tmp_path / "model"), str(tmp_path / "out")
+    config = replace(CONFIG, qk_norm=True, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 32))
+    save_pretrained(Transformer(config, seed=1).state_dict(), config, folder, eos_token_id=0)
+    storage.write_bytes(f"{folder}/tokenizer.json", train_tokenizer().backend.to_str().encode())
+    with pytest.raises(SettingsError, match="no architecture with QK-norm whose rotary frequencies are scaled"):
+        export.run(ExportJob(model=folder, output=output, gguf="f16"))
+    assert not os.path.exists(output)
+    export.run(ExportJob(model=folder, output=output))
