@@ -6,6 +6,7 @@ queries and keys per head. Rotary embedding has their layout already, so matrice
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
@@ -306,21 +307,39 @@ class Pretrained:
             return json.loads(file.read())
 
     def _tensors(self, file: str) -> Iterator[StoredTensor]:
-        """What a file has, by its header: 8 bytes with the length of a JSON text, which follows, then the values."""
+        """What a file has, by its header: 8 bytes with the length of a JSON text, which follows, then the values.
+
+        Those of each tensor begin where those of another end, as the format wants it.
+        """
         with self.open_file(file) as source:
+            whole = source.seek(0, 2)
+            source.seek(0)
             size = int.from_bytes(source.read(8), "little")
             text = source.read(size) if size < 100_000_000 else b""  # the format's own bound
         try:
             header = json.loads(text)
-        except ValueError:
+            header.pop("__metadata__", None)
+            offsets = {name: tuple(map(int, facts["data_offsets"])) for name, facts in header.items()}
+            entries = sorted((begin, end, name) for name, (begin, end) in offsets.items())
+            shapes = {name: tuple(map(int, facts["shape"])) for name, facts in header.items()}
+            dtypes = {name: facts["dtype"] for name, facts in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise ValueError(f"{file}: not a safetensors file") from None
-        header.pop("__metadata__", None)
-        for name, facts in header.items():
-            if facts["dtype"] not in _DTYPES:
-                raise ValueError(f"{file}: {name} is of dtype {facts['dtype']}; only {', '.join(_DTYPES)} can be read")
-            shape, begin = tuple(facts["shape"]), 8 + size + facts["data_offsets"][0]
-            ranges = tuple((0, length) for length in shape)
-            yield StoredTensor(self.open_file, file, name, _DTYPES[facts["dtype"]], shape, begin, ranges)
+        ended = 0
+        for begin, end, name in entries:
+            if dtypes[name] not in _DTYPES:
+                raise ValueError(f"{file}: {name} is of dtype {dtypes[name]}; only {', '.join(_DTYPES)} can be read")
+            dtype = _DTYPES[dtypes[name]]
+            if (begin, end) != (ended, ended + math.prod(shapes[name]) * dtype.itemsize):
+                raise ValueError(
+                    f"{file}: data_offsets of {name} are {begin} and {end}, which do not fit its shape "
+                    f"{shapes[name]} in {dtypes[name]} behind the {ended} bytes before it; the file is damaged"
+                )
+            if 8 + size + end > whole:
+                raise ValueError(f"{file}: ends within {name}; it is not whole")
+            ended = end
+            ranges = tuple((0, length) for length in shapes[name])
+            yield StoredTensor(self.open_file, file, name, dtype, shapes[name], 8 + size + begin, ranges)
 
 
 def config_ties(content: dict[str, Any]) -> bool:

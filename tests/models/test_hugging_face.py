@@ -10,7 +10,7 @@ import transformers
 
 from models.config import ModelConfig
 from models.generate import generate
-from models.hugging_face import load_pretrained, save_pretrained
+from models.hugging_face import Pretrained, load_pretrained, save_pretrained
 from models.transformer import Transformer
 
 SMALL = ModelConfig(
@@ -162,11 +162,28 @@ def test_files_that_end_too_early_are_told(tmp_path):
     save_pretrained(Transformer(SMALL).state_dict(), SMALL, str(tmp_path))
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="model.safetensors: ends within"):
-        load_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"model.safetensors: ends within \S+\.weight; it is not whole"):
+        Pretrained(str(tmp_path))  # before any weight is read
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="not a safetensors file"):
         load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("lie", [(0, 8), (8, 8), (-4, 0)])
+def test_headers_that_lie_about_where_values_are_are_told(tmp_path, lie):
+    save_pretrained(Transformer(SMALL).state_dict(), SMALL, str(tmp_path))
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    offsets = header["model.norm.weight"]["data_offsets"]
+    header["model.norm.weight"]["data_offsets"] = [at + moved for at, moved in zip(offsets, lie, strict=True)]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    with pytest.raises(ValueError, match=r"model.safetensors: data_offsets of model\.norm\.weight are"):
+        Pretrained(str(tmp_path))
+    with pytest.raises(safetensors.SafetensorError):  # the format's own reader
+        safetensors.torch.load_file(str(path))
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
