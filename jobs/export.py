@@ -28,10 +28,14 @@ from pipelines.tokenizer import END_OF_TEXT, PAD
 log = logging.getLogger("ingot")
 
 CONFIG = "config.json"
-# all that exports write, and what one that was killed may leave of it
-_OURS = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json|README\.md|[^/]+\.gguf|"
-    r"model(-\d{5}-of-\d{5})?\.safetensors|\.[^/]+\.[0-9a-f]{8}"
+_LIST = ".ingot-export.json"  # names of what the export consists of: the next one deletes nothing else
+_SMALL = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md", CONFIG)
+_UNFINISHED = re.compile(r"\.[^/]+\.[0-9a-f]{8}")  # what a writer that was killed leaves
+# exports once had no list; they are known by their model card
+_CARD = b'tags: ["ingot", '
+_BEFORE = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json|README\.md|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|[^/]+-(F32|F16|BF16|Q8_0)\.gguf"
 )
 
 
@@ -94,13 +98,17 @@ def write(settings: ExportJob, trained: Trained, output: str) -> None:
     files = []
     with _beside(output) as local:
 
+        def announce(name: str) -> None:
+            files.append(name)
+            _write_json(f"{output}/{_LIST}", {"files": [*files, *_SMALL]})
+
         def keep(name: str) -> None:
             with open(f"{local}/{name}", "rb") as source, storage.open_output(f"{output}/{name}") as target:
                 shutil.copyfileobj(source, target, 1 << 24)
             storage.delete(f"{local}/{name}")
-            files.append(name)
 
         for name, content in weight_files(trained.model.state_dict(), config, dtype, settings.shard_bytes()):
+            announce(name)
             if isinstance(content, dict):
                 save_file(content, f"{local}/{name}", metadata={"format": "pt"})
                 keep(name)
@@ -108,6 +116,7 @@ def write(settings: ExportJob, trained: Trained, output: str) -> None:
                 storage.write_bytes(f"{output}/{name}", content.encode())
         if settings.gguf is not None:
             name = f"{trained.name}-{settings.gguf.upper()}.gguf"
+            announce(name)
             write_gguf(trained.model, tokenizer, f"{local}/{name}", settings.gguf, name=trained.name)
             keep(name)
     storage.write_bytes(f"{output}/tokenizer.json", tokenizer.backend.to_str(pretty=True).encode())
@@ -152,18 +161,35 @@ def _write_json(uri: str, content: dict[str, Any]) -> None:
 
 
 def _make_room(output: str) -> None:
-    """Delete an earlier export, whole or not."""
+    """Delete an earlier export, whole or not.
+
+    Raises:
+        SettingsError: there is something that no export has put there; nothing is deleted.
+    """
     try:
         files = [file.uri for file in storage.list_files(output, hidden=True)]
     except FileNotFoundError:
         return
     below = storage.absolute(output).rstrip("/") + "/"
-    others = [uri for uri in files if not _OURS.fullmatch(uri.removeprefix(below))]
+    uri_of = {uri.removeprefix(below): uri for uri in files}
+    listed = storage.json_if_there(f"{output}/{_LIST}")
+    if listed is not None:
+        ours = {_LIST, *listed["files"]} | {name for name in uri_of if _UNFINISHED.fullmatch(name)}
+    elif "README.md" in uri_of and _CARD in storage.read_bytes(uri_of["README.md"]):
+        ours = {name for name in uri_of if _BEFORE.fullmatch(name)}
+    else:
+        ours = set()
+    others = sorted(uri_of.keys() - ours)
     if others:
-        raise SettingsError(f"output is {output!r}; that folder holds something else, such as {others[0]}")
+        raise SettingsError(
+            f"output is {output!r}; that folder holds something else than an export, such as {uri_of[others[0]]}: "
+            "name another folder, or move it away"
+        )
     storage.delete(f"{output}/{CONFIG}")
-    for uri in files:
-        storage.delete(uri)
+    if uri_of:
+        _write_json(f"{output}/{_LIST}", {"files": sorted(uri_of.keys() - {_LIST})})
+    for name in uri_of.keys() - {_LIST}:
+        storage.delete(uri_of[name])
 
 
 @contextlib.contextmanager
@@ -212,7 +238,11 @@ def _push(hub: Any, settings: ExportJob, output: str, message: str) -> None:
             # what an earlier export left, such as a file more of weights, goes with the same commit
             stale = ["*.safetensors", "*.gguf", "model.safetensors.index.json"]
             hub.upload_folder(
-                repo_id=settings.push_to, folder_path=folder, commit_message=message, delete_patterns=stale
+                repo_id=settings.push_to,
+                folder_path=folder,
+                commit_message=message,
+                delete_patterns=stale,
+                ignore_patterns=[_LIST],
             )
         except Exception as error:  # of the network and the hub
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

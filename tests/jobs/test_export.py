@@ -227,10 +227,29 @@ def test_an_export_that_was_killed_looks_like_none(workspace, tmp_path, monkeypa
 
 
 def test_folders_with_something_else_are_left_alone(workspace, tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(SettingsError, match=r"that folder holds something else, such as \S+thesis.tex"):
-        export.run(ExportJob(workspace=workspace, output=str(tmp_path)))
-    assert files_of(tmp_path) == ["thesis.tex"]
+    for number, name in enumerate(
+        ("thesis.tex", "README.md", "model-F16.gguf", "config.json", "more/model.safetensors")
+    ):
+        folder = tmp_path / str(number)
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("years of work")
+        with pytest.raises(SettingsError, match=rf"that folder holds something else than an export, such as \S+{name}"):
+            export.run(ExportJob(workspace=workspace, output=str(folder)))
+        assert (folder / name).read_text() == "years of work"
+
+
+def test_what_others_put_beside_an_export_is_not_deleted_with_it(workspace, tmp_path):
+    settings = ExportJob(workspace=workspace, output=str(tmp_path), gguf="f16")
+    export.run(settings)
+    whole = files_of(tmp_path)
+    (tmp_path / "base-Q4_K_M.gguf").write_text("made of ours by another program")
+    with pytest.raises(SettingsError, match=r"something else than an export, such as \S+base-Q4_K_M.gguf"):
+        export.run(settings)
+    assert files_of(tmp_path) == sorted([*whole, "base-Q4_K_M.gguf"])
+    (tmp_path / "base-Q4_K_M.gguf").unlink()
+    (tmp_path / ".ingot-export.json").unlink()  # as exports once were
+    export.run(settings)
+    assert files_of(tmp_path) == whole
 
 
 def test_a_model_is_not_replaced_by_its_own_export(workspace, tmp_path):
@@ -258,8 +277,8 @@ def test_pushed_folder_is_private_unless_it_is_to_be_public(workspace, tmp_path,
     def create_repo(self, repo_id, *, private, exist_ok):
         asked.append((repo_id, private, exist_ok))
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
-        asked.append((repo_id, commit_message, files_of(folder_path)))
+    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns, ignore_patterns):
+        asked.append((repo_id, commit_message, sorted(set(files_of(folder_path)) - set(ignore_patterns))))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
@@ -273,7 +292,8 @@ def test_pushed_folder_is_private_unless_it_is_to_be_public(workspace, tmp_path,
     export.run(settings)
     export.run(replace(settings, public=True))
     created = ("someone/base", True, True)
-    pushed = ("someone/base", "step 20 of base, exported by Ingot", files_of(settings.output))
+    files = [name for name in files_of(settings.output) if not name.startswith(".")]
+    pushed = ("someone/base", "step 20 of base, exported by Ingot", files)
     assert asked == [created, pushed, ("someone/base", False, True), pushed]
     assert (
         'AutoTokenizer.from_pretrained("someone/base")' in storage.read_bytes(f"{settings.output}/README.md").decode()
