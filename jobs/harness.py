@@ -130,6 +130,14 @@ class _Decoder:
         self.written = [
             special[i].encode() if i in special else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
         ]
+        self._with_one_of: dict[frozenset[int], frozenset[int]] = {}
+
+    def with_one_of(self, values: frozenset[int]) -> frozenset[int]:
+        """The tokens that contain one of some bytes."""
+        if values not in self._with_one_of:
+            found = (i for i, text in enumerate(self.written) if not values.isdisjoint(text))
+            self._with_one_of[values] = frozenset(found)
+        return self._with_one_of[values]
 
 
 class _Text:
@@ -141,19 +149,20 @@ class _Text:
         self.tokens: list[int] = []
         self._ends = [string.encode() for string in self.until]
         self._longest = max(map(len, self._ends), default=0)
-        self._tail = b""
+        self._may_end = decoder.with_one_of(frozenset(end[-1] for end in self._ends))
 
     def add(self, token: int) -> bool:
         """Whether the text contains one of the strings now."""
         self.tokens.append(token)
-        if token < len(self.decoder.written):  # the embedding may have more rows than there are tokens
-            self._tail += self.decoder.written[token]
-        found = any(end in self._tail for end in self._ends)
-        self._tail = self._tail[-self._longest :]
-        if not found:  # of bytes, which is quick
+        # most tokens lack a string's last byte, and most others do not make its bytes: both are quick to see
+        if token not in self._may_end:
             return False
-        last = self.decoder.decode(self.tokens[-self._longest - 4 :], skip_special_tokens=False)
-        return any(string in last for string in self.until)
+        written, last = self.decoder.written, self.tokens[-self._longest - 4 :]
+        tail = b"".join(written[i] for i in last if i < len(written))  # the embedding may have more rows than tokens
+        if not any(end in tail for end in self._ends):
+            return False
+        text = self.decoder.decode(last, skip_special_tokens=False)
+        return any(string in text for string in self.until)
 
     def cut(self) -> str:
         """The text before the strings."""

@@ -10,12 +10,14 @@ lengths.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.decode_attention import decode_attention
+from models.kernels import add_norm, on_gpu, rotate_, swiglu
 from models.transformer import Linear, Transformer
 
 # Without cuDNN's, which prepares itself for each new length anew. The second takes masks, the last everything.
@@ -55,6 +57,7 @@ class Decoder:
     Attributes:
         cache: keys and values, (n_layers, 2, rows, places, n_kv_heads, head_dim). Place `length` of each row takes what
             belongs nowhere.
+        last: id of the token that each row reads next, (rows,), int64, for who chooses it to set.
     """
 
     def __init__(self, model: Transformer, rows: int, length: int, vocab_size: int | None, compiled: bool):
@@ -79,6 +82,7 @@ class Decoder:
             # zeros: what is masked is still multiplied by 0, and NaN would stay
             shape = (config.n_layers, 2, rows, self.places, config.n_kv_heads, config.head_dim)
             self.cache = torch.zeros(shape, device=self.device, dtype=self.dtype)
+            self.last = torch.zeros(rows, device=self.device, dtype=torch.int64)
         self.compiled = compiled
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -100,67 +104,73 @@ class Decoder:
         for layer in self.cache:  # one at a time: what is copied is held twice in between
             layer[:, row : row + len(sources), :length] = layer[:, sources, :length]
 
-    def prompt(self, tokens: list[list[int]], row: int, starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def prompt(self, tokens: list[np.ndarray], row: int, starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Read several texts' next tokens, filling the cache.
 
         Args:
-            tokens: of each text, at least one; that of the first goes to row `row`, and so on.
+            tokens: of each text, at least one, integers; that of the first goes to row `row`, and so on.
             row: of the first.
             starts: tokens that each row holds before these.
 
         Returns:
             As `step`, after the last token of each.
         """
-        sizes = [len(t) for t in tokens]
-        longest, texts = max(sizes), len(tokens)
-        padded = torch.tensor([[*t, *[0] * (longest - len(t))] for t in tokens])
-        index, start, size = torch.arange(longest), torch.tensor(starts)[:, None], torch.tensor(sizes)[:, None]
+        sizes = np.array([len(t) for t in tokens])
+        texts, longest = len(tokens), int(sizes.max())
+        padded = np.zeros((texts, longest), np.int64)
+        for line, own in zip(padded, tokens, strict=True):
+            line[: len(own)] = own
+        index, start = np.arange(longest), np.array(starts)[:, None]
         positions = start + index
-        places = positions.where(index < size, self.length)  # padding is kept out of the way
-        positions = positions.clamp(max=self.length - 1)
-        stop = min(self.places, -(-max(s + n for s, n in zip(starts, sizes, strict=True)) // 8) * 8)
-        places = places + torch.arange(row, row + texts)[:, None] * self.places
-        padded, positions, places = (t.to(self.device) for t in (padded, positions, places))
+        # padding is kept out of the way
+        places = np.where(index < sizes[:, None], positions, self.length)
+        places += np.arange(row, row + texts)[:, None] * self.places
+        positions = positions.clip(max=self.length - 1)
+        last = np.arange(texts) * longest + sizes - 1
+        padded, positions, places, last = (
+            to_device(array, self.device) for array in (padded.ravel(), positions, places.ravel(), last)
+        )
         # texts from their beginnings on are padded at their ends, so causal attention suffices
-        cached = max(starts) > 0
-        attend = _attend_cached(row, texts, stop, positions, self) if cached else _attend_causally(texts)
-        x = self._blocks(padded.flatten(), positions.flatten(), places.flatten(), attend)
-        last = torch.tensor([i * longest + n - 1 for i, n in enumerate(sizes)], device=self.device)
-        return _best(self._head(x[last]))
+        attend = _attend_causally(texts)
+        if max(starts) > 0:
+            stop = min(self.places, -(-int((sizes + starts).max()) // 8) * 8)
+            attend = _attend_cached(row, texts, stop, positions, self)
+        return _best(self._head(self._blocks(padded, positions.flatten(), places, attend, asked=last)))
 
-    def step(self, tokens: list[int], lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Read one more token of each of the first rows, filling the cache.
+    def step(self, lengths: np.ndarray, running: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Read `last` of each of the first rows, filling the cache.
 
         Args:
-            tokens: one for each row from the first on.
-            lengths: tokens that each row holds before it.
+            lengths: tokens that each row holds before it, (n,).
+            running: whether a row reads its token, (n,), bool; what is told of the others means nothing.
 
         Returns:
-            Logits, (rows, vocab), their maximum's index, (rows,), and the logarithm of the sum of their exponentials,
-            fp32, (rows,): on CUDA of all rows, valid until the next step.
+            Logits, (n, vocab), their maximum's index, (n,), and the logarithm of the sum of their exponentials, fp32,
+            (n,): where steps are recorded of all rows, valid until the next one begins.
         """
+        positions = np.where(running, lengths, 0)
+        places = np.where(running, lengths, self.length) + np.arange(len(lengths)) * self.places
         if self.compiled and decode_attention is not None:
-            return self._recorded_step(tokens, lengths)
-        rows, longest = len(tokens), max(lengths) + 1
-        given = torch.tensor([tokens, lengths]).to(self.device)
-        positions = given[1]
-        places = positions + torch.arange(rows, device=self.device) * self.places
-        if min(lengths) + 1 == longest:
+            return self._recorded_step(positions, places)
+        rows, longest = len(lengths), int(positions.max()) + 1
+        same = bool(running.all()) and int(positions.min()) + 1 == longest
+        positions, places = to_device(positions, self.device), to_device(places, self.device)
+        if same:
             attend = _attend_cached(0, rows, longest, None, self)
         else:
             stop = min(self.places, -(-longest // 8) * 8)
             attend = _attend_cached(0, rows, stop, positions[:, None], self)
-        return _best(self._head(self._blocks(given[0], positions, places, attend)))
+        return _best(self._head(self._blocks(self.last[:rows], positions, places, attend)))
 
     def _blocks(
-        self, tokens: Tensor, positions: Tensor, places: Tensor, attend: Attend, parts: "Parts | None" = None
-    ) -> Tensor:
-        """The residual stream after all blocks, (N, d_model), of N tokens of any rows."""
+        self, tokens: Tensor, positions: Tensor, places: Tensor, attend: Attend, parts: "Parts | None" = None,
+        asked: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The residual stream after all blocks, (N, d_model), of N tokens of any rows, or of those asked for alone."""
         before, between, after = parts or (_before, _between, _after)
         shape = (self.n_heads, self.n_kv_heads, self.head_dim, self.eps)
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        x = F.embedding(tokens, self.embedding)
-        q, k, v = before(x, self.layers[0], cos, sin, shape)
+        x, q, k, v = before(F.embedding(tokens, self.embedding), None, self.layers[0], cos, sin, shape)
         for i, layer in enumerate(self.layers):
             keys, values = self.cache[i]
             keys.flatten(0, 1).index_copy_(0, places, k)
@@ -168,7 +178,9 @@ class Decoder:
             mixed = attend(q, k, v, keys, values)
             if i + 1 < len(self.layers):
                 x, q, k, v = between(x, mixed, layer, self.layers[i + 1], cos, sin, shape)
-        return after(x, mixed, self.layers[-1], self.eps)
+        if asked is not None:
+            x, mixed = x[asked], mixed[asked]
+        return torch.add(*after(x, mixed, self.layers[-1], self.eps))
 
     def _head(self, x: Tensor) -> Tensor:
         x = _rms_norm(x, self.norm, self.eps)
@@ -178,19 +190,21 @@ class Decoder:
 
     def _record(self) -> None:
         """Compile a step of all rows, and record it as a graph."""
-        self._given = torch.zeros((3, self.rows), dtype=torch.int64, device=self.device)
+        # positions and places; of rows without a text one where nothing is read
+        self._given = torch.zeros((2, self.rows), dtype=torch.int64, device=self.device)
+        self._idle = np.arange(self.rows) * self.places + self.length
+        self._given[1] = to_device(self._idle, self.device)
         parts: Parts = tuple(torch.compile(part, dynamic=False) for part in (_before, _between, _after))
         best = torch.compile(_best, dynamic=False)
 
         def step() -> tuple[Tensor, Tensor, Tensor]:
-            lengths = self._given[1] + 1
+            lengths = self._given[0] + 1
 
             def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
                 return decode_attention(q, keys, values, lengths).flatten(1)
 
-            return best(self._head(self._blocks(*self._given, attend, parts)))
+            return best(self._head(self._blocks(self.last, *self._given, attend, parts)))
 
-        self._given[2] = torch.arange(self.rows, device=self.device) * self.places + self.length
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         # what is compiled and chosen at first use is not to be recorded; each engine of a process is a compilation more
@@ -202,20 +216,23 @@ class Decoder:
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._results = step()
 
-    def _recorded_step(self, tokens: list[int], lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _recorded_step(self, positions: np.ndarray, places: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         if self._graph is None:
             self._record()
-        idle = self.rows - len(tokens)
-        # rows without a text write where nothing is read, and attend to one key
-        places = [row * self.places + length for row, length in enumerate(lengths)]
-        places += [row * self.places + self.length for row in range(len(tokens), self.rows)]
-        given = torch.tensor([[*tokens, *[0] * idle], [*lengths, *[0] * idle], places]).pin_memory()
-        self._given.copy_(given, non_blocking=True)
+        given = np.stack([np.zeros_like(self._idle), self._idle])
+        given[:, : len(places)] = positions, places
+        self._given.copy_(torch.from_numpy(given).pin_memory(), non_blocking=True)
         self._graph.replay()
         return self._results
 
 
-Parts = tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of an array, on its way to the device without this program waiting."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+Parts = tuple[Callable[..., tuple[Tensor, ...]], ...]
 
 
 def _join(dtype: torch.dtype, *linears: Linear) -> Tensor:
@@ -245,32 +262,60 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
+def _added(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum of both, and its norm."""
+    if delta is None:
+        return x, _rms_norm(x, weight, eps)
+    if _by_kernel(x):
+        return add_norm(x, delta, weight, eps)
+    x = x + delta
+    return x, _rms_norm(x, weight, eps)
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`models.transformer.rotate` of heads, (N, heads, head_dim), with rows of `Decoder.cos` and `Decoder.sin`."""
+    half = x.shape[-1] // 2
+    if _by_kernel(x):
+        return rotate_(x, cos[:, 0, :half], sin[:, 0, half:])
     wide = x.float()
-    return (wide * cos).addcmul(wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    return (wide * cos).addcmul(wide.roll(half, -1), sin).to(x.dtype)
+
+
+def _by_kernel(x: Tensor) -> bool:
+    """Whether nobody compiles this, so that a kernel is better than single operations."""
+    return on_gpu(x) and not torch.compiler.is_compiling()
 
 
 def _before(
-    x: Tensor, layer: Layer, cos: Tensor, sin: Tensor, shape: tuple[int, int, int, float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, (N, heads, head_dim), of the residual stream, (N, d_model)."""
+    x: Tensor, delta: Tensor | None, layer: Layer, cos: Tensor, sin: Tensor, shape: tuple[int, int, int, float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The residual stream, (N, d_model), with what is added to it, and its queries, keys and values, (N, heads,
+    head_dim).
+    """
     n_heads, n_kv_heads, head_dim, eps = shape
-    heads = F.linear(_rms_norm(x, layer.attention_norm, eps), layer.w_qkv).unflatten(-1, (-1, head_dim))
+    x, normed = _added(x, delta, layer.attention_norm, eps)
+    heads = F.linear(normed, layer.w_qkv).unflatten(-1, (-1, head_dim))
     v = heads[:, n_heads + n_kv_heads :]
     if layer.q_norm is None:
         q, k = _rotated(heads[:, : n_heads + n_kv_heads], cos, sin).split([n_heads, n_kv_heads], dim=1)
-        return q, k, v
+        return x, q, k, v
     q, k = heads[:, :n_heads], heads[:, n_heads : n_heads + n_kv_heads]
     q, k = _rms_norm(q, layer.q_norm, eps), _rms_norm(k, layer.k_norm, eps)
-    return _rotated(q, cos, sin), _rotated(k, cos, sin), v
+    return x, _rotated(q, cos, sin), _rotated(k, cos, sin), v
 
 
-def _after(x: Tensor, mixed: Tensor, layer: Layer, eps: float) -> Tensor:
-    """The residual stream after a block, from that before it and from what its heads gave, (N, n_heads · head_dim)."""
-    x = x + F.linear(mixed, layer.w_o)
-    gate, up = F.linear(_rms_norm(x, layer.ffn_norm, eps), layer.w_gate_up).chunk(2, dim=-1)
-    return x + F.linear(F.silu(gate) * up, layer.w_down)
+def _after(x: Tensor, mixed: Tensor, layer: Layer, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream after a block's attention, which gave `mixed`, (N, n_heads · head_dim), and what its
+    feed-forward layer adds to it.
+    """
+    x, normed = _added(x, F.linear(mixed, layer.w_o), layer.ffn_norm, eps)
+    gate_up = F.linear(normed, layer.w_gate_up)
+    if _by_kernel(x):
+        hidden = swiglu(gate_up)
+    else:
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden = F.silu(gate) * up
+    return x, F.linear(hidden, layer.w_down)
 
 
 def _between(
@@ -278,8 +323,7 @@ def _between(
     shape: tuple[int, int, int, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """From the attention of one block to that of the next."""
-    x = _after(x, mixed, layer, shape[-1])
-    return x, *_before(x, following, cos, sin, shape)
+    return _before(*_after(x, mixed, layer, shape[-1]), following, cos, sin, shape)
 
 
 def _best(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,19 +5,23 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.decoder import Decoder
+from models.decoder import Decoder, to_device
 from models.transformer import Transformer
 
 # tokens of prompts that are read in one pass, padding included: enough to keep a device busy
 _TOGETHER = {"cuda": 16384, "cpu": 1024}
-# a shorter common beginning is read again rather than copied
+# a shorter common beginning is read again rather than copied; on a GPU also one that is less than this share of a
+# prompt, as attention to what was read before is slower there than that of whole prompts
 _SHORTEST_PREFIX = 16
+_LEAST_SHARE = {"cuda": 1 / 3, "cpu": 0.0}
+# steps that a device is given before the tokens of the one before them are looked at
+_AHEAD = {"cuda": 1, "cpu": 0}
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,7 @@ class Sampling:
     """Likeliest ids that are told beside each token."""
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """The next token of a request.
 
     Attributes:
@@ -62,8 +65,28 @@ class _Request:
 
     def __init__(self, number: int, prompt: np.ndarray, sampling: Sampling):
         self.number, self.prompt, self.sampling = number, prompt, sampling
-        self.generated, self.last = 0, -1
+        self.row = -1  # in the cache
+        self.asked = self.generated = 0  # tokens asked of the model, and those that came
+        self.ended = False
         self.draws = random.Random(sampling.seed)
+
+
+class _Answer(NamedTuple):
+    """The next token of some texts, on its way from the device.
+
+    Attributes:
+        requests: whose tokens these are.
+        places: of each in the numbers.
+        numbers: ids and log-probabilities, (2, n), fp64.
+        top: the likeliest ids and their log-probabilities, (2, n, count), fp64, where they were asked for.
+        arrived: when the numbers are there; None is at once.
+    """
+
+    requests: list[_Request]
+    places: list[int]
+    numbers: Tensor
+    top: Tensor | None
+    arrived: torch.cuda.Event | None
 
 
 class Engine:
@@ -104,7 +127,9 @@ class Engine:
             raise ValueError("compiled is True, but can be so on CUDA alone")
         self.slots, self.length = slots, length
         self._decoder = Decoder(model, slots, length, vocab_size, on_cuda if compiled is None else compiled)
-        self._together = _TOGETHER["cuda" if on_cuda else "cpu"]
+        device = "cuda" if on_cuda else "cpu"
+        self._together, self._least_share, self._ahead = _TOGETHER[device], _LEAST_SHARE[device], _AHEAD[device]
+        self._answers: deque[_Answer] = deque()
         self._waiting: deque[_Request] = deque()
         self._active: list[_Request] = []  # in the order of their rows in the cache
         # tokens whose keys and values a row holds; also after its text has ended, for prompts that begin alike
@@ -145,24 +170,33 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Read prompts where there are free slots, and give one more token of each text (of a new one, two).
+        """Read prompts where there are free slots, and have one more token made of each text.
 
-        While texts are under way, prompts are read in one pass at most, so that they do not wait long.
+        On a GPU the tokens that come are those that the call before asked for. While texts are under way, prompts are
+        read in one pass at most, so that they do not wait long.
         """
-        tokens: list[Token] = []
         others_wait = bool(self._active)
         while group := self._admitted():
-            tokens += self._read(*group)
+            self._read(*group)
             if others_wait:
                 break
-        if not self._active:
-            return tokens
-        rows = np.arange(len(self._active))
-        last, lengths = [r.last for r in self._active], self._lengths[rows]
-        results = self._decoder.step(last, lengths.tolist())
-        self._held[rows, lengths] = last
-        self._lengths[rows] += 1
-        return tokens + self._chosen(0, *(result[: len(rows)] for result in results))
+        ahead = self._ahead if self._advance() else 0
+        tokens: list[Token] = []
+        while len(self._answers) > ahead:
+            tokens += self._come(self._answers.popleft())
+        return tokens
+
+    def _advance(self) -> bool:
+        """Ask for the next token of each text that lacks one, which reads its last; False where none does."""
+        rows = len(self._active)
+        running = np.array([r.asked < r.sampling.max_new_tokens for r in self._active], bool)
+        if not running.any():
+            return False
+        results = self._decoder.step(self._lengths[:rows], running)
+        self._lengths[:rows] += running
+        places = np.flatnonzero(running).tolist()
+        self._ask([self._active[i] for i in places], places, 0, *results)
+        return True
 
     def _admitted(self) -> tuple[list[_Request], list[int], list[int]] | None:
         """Texts to read together: with the row that each one's beginning is in, and the length of that beginning."""
@@ -181,8 +215,9 @@ class Engine:
             fresh = shared[row : row + len(group)].copy()
             shared[row : row + len(group)] = 0
             source = int(shared.argmax())
-            start = int(shared[source]) if shared[source] >= _SHORTEST_PREFIX else 0
-            if group and fresh.max() >= start + _SHORTEST_PREFIX:
+            least = max(_SHORTEST_PREFIX, self._least_share * len(request.prompt))
+            start = int(shared[source]) if shared[source] >= least else 0
+            if group and fresh.max() >= max(start + _SHORTEST_PREFIX, least):
                 break  # one of this group has the longer beginning: read that first
             size = len(request.prompt) - start
             padded = max(longest, size) * (len(group) + 1)
@@ -206,68 +241,92 @@ class Engine:
         first = np.where(differs.any(axis=1), differs.argmax(axis=1), len(prompt))
         return np.minimum(first, self._lengths)
 
-    def _read(self, group: list[_Request], sources: list[int], starts: list[int]) -> list[Token]:
-        """Fill the next rows with prompts, and give the token that follows each."""
+    def _read(self, group: list[_Request], sources: list[int], starts: list[int]) -> None:
+        """Fill the next rows with prompts, and ask for the token that follows each."""
         row = len(self._active)
         if any(source != row + i for i, source in enumerate(sources)):
             self._decoder.copy(sources, row, max(starts))
-        fresh = [r.prompt[start:].tolist() for r, start in zip(group, starts, strict=True)]
+        fresh = [r.prompt[start:] for r, start in zip(group, starts, strict=True)]
         results = self._decoder.prompt(fresh, row, starts)
+        for i, request in enumerate(group):
+            request.row = row + i
         self._active += group
-        return self._chosen(row, *results)
+        self._ask(group, list(range(len(group))), row, *results)
 
-    def _chosen(self, row: int, logits: Tensor, best: Tensor, normalizers: Tensor) -> list[Token]:
-        """Choose a token for the texts from this row on, and let go of those that end."""
-        requests = self._active[row:]
-        drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0]
+    def _ask(
+        self, requests: list[_Request], places: list[int], row: int, logits: Tensor, best: Tensor, normalizers: Tensor
+    ) -> None:
+        """Choose a token for each text, which its row reads next; those of `places` in these results are wanted.
+
+        Args:
+            requests: whose tokens are wanted.
+            places: of each in the results.
+            row: of the first result.
+            logits: (n, vocab).
+            best: the likeliest id, (n,).
+            normalizers: logarithm of the sum of the logits' exponentials, (n,).
+        """
+        device = logits.device
+        drawn = [(i, r) for i, r in zip(places, requests, strict=True) if r.sampling.temperature > 0]
         if drawn:
-            settings = [
-                (r.sampling.temperature, r.sampling.top_p, r.draws.random())
-                for r in requests
-                if r.sampling.temperature > 0
-            ]
-            where = torch.tensor(drawn, device=logits.device)
-            best = best.index_copy(0, where, choose(logits[where], *torch.tensor(settings, device=logits.device).T))
+            settings = [(r.sampling.temperature, r.sampling.top_p, r.draws.random()) for _, r in drawn]
+            where = to_device(np.array([i for i, _ in drawn]), device)
+            chosen = choose(logits[where], *to_device(np.array(settings, np.float32).T.copy(), device))
+            best = best.index_copy(0, where, chosen)
+        self._decoder.last[row : row + len(best)] = best
         log_probabilities = logits.gather(1, best[:, None])[:, 0].float() - normalizers
-        # together, so that the device is waited for once
-        ids, values = torch.stack([best.double(), log_probabilities.double()]).tolist()
-        top = self._likeliest(requests, logits, normalizers)
+        numbers, top = torch.stack([best.double(), log_probabilities.double()]), None
+        if most := max(r.sampling.top for r in requests):
+            values, ids = logits.float().topk(most)
+            top = torch.stack([ids.double(), (values - normalizers[:, None]).double()])
+        for request in requests:
+            request.asked += 1
+        arrived = None
+        if device.type == "cuda":
+            numbers, top = (None if t is None else t.to("cpu", non_blocking=True) for t in (numbers, top))
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._answers.append(_Answer(requests, places, numbers, top, arrived))
+
+    def _come(self, answer: _Answer) -> list[Token]:
+        """The tokens of an answer; texts that end with them are let go of."""
+        if answer.arrived is not None:
+            answer.arrived.synchronize()
+        ids, values = answer.numbers.tolist()
+        top = None if answer.top is None else answer.top.tolist()
         tokens, ended = [], []
-        for i, (request, token, value) in enumerate(zip(requests, map(int, ids), values, strict=True)):
+        for request, i in zip(answer.requests, answer.places, strict=True):
+            if request.ended:  # by the token before this one, or given up
+                continue
+            token, sampling, finished = int(ids[i]), request.sampling, None
+            place = len(request.prompt) + request.generated
+            if place < self.length:
+                self._held[request.row, place] = token
             request.generated += 1
-            request.last = token
-            finished = None
-            if token in request.sampling.stop:
+            if token in sampling.stop:
                 finished = "stop"
-            elif request.generated == request.sampling.max_new_tokens:
+            elif request.generated == sampling.max_new_tokens:
                 finished = "length"
-            told = top[i][: request.sampling.top] if top else ()
-            tokens.append(Token(request.number, None if finished == "stop" else token, value, finished, told))
+            told = ()
+            if top and sampling.top:
+                told = tuple(zip(map(int, top[0][i]), top[1][i], strict=True))[: sampling.top]
+            tokens.append(Token(request.number, None if finished == "stop" else token, values[i], finished, told))
             if finished:
-                ended.append(row + i)
+                ended.append(request.row)
         self._remove(ended)
         return tokens
 
-    def _likeliest(
-        self, requests: list[_Request], logits: Tensor, normalizers: Tensor
-    ) -> list[tuple[tuple[int, float], ...]]:
-        """`Token.top` of each text, as many as the one that asks for most; nothing when none asks."""
-        most = max(r.sampling.top for r in requests)
-        if not most:
-            return []
-        values, ids = logits.float().topk(most)
-        values = values - normalizers[:, None]
-        return [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
-
     def _remove(self, rows: list[int]) -> None:
         """Free rows; the last active ones move there, so that the active are the first."""
-        for row in reversed(rows):
+        for row in sorted(rows, reverse=True):
+            self._active[row].ended = True
             last = self._active.pop()
             end = len(self._active)
             if row < end:
                 length = int(self._lengths[end])
                 self._decoder.copy([end], row, length)
-                self._active[row] = last
+                self._decoder.last[row : row + 1] = self._decoder.last[end : end + 1]
+                self._active[row], last.row = last, row
                 self._held[row], self._lengths[row] = self._held[end], length
 
 

@@ -1,9 +1,11 @@
-"""The backward passes and the loss that a compiler leaves slow, as Triton kernels; all are bound by memory traffic.
+"""The backward passes and the loss that a compiler leaves slow, and what inference runs without a compiler, as Triton
+kernels; all are bound by memory traffic.
 
 torch.compile makes one pass of most chains of elementwise work, but not of these: a gradient that is two halves of one
 tensor (SwiGLU, rotary embedding of joined queries, keys and values), a row's norm together with a sum over rows
 (RMSNorm), and rows too long for one block (the loss). Each kernel here reads its inputs once and writes its results
-once. Without CUDA or Triton, the same functions are plain PyTorch.
+once. Where nothing is compiled, as when prompts of any length are read, SwiGLU and the rotary embedding have kernels of
+their own. Without CUDA or Triton, the same functions are plain PyTorch.
 """
 
 from typing import Any
@@ -18,7 +20,7 @@ try:
     import triton.language as tl
 except ImportError:  # torch for the CPU comes without
     triton = None
-    loss_and_gradient_ = None
+    loss_and_gradient_ = rotate_ = None
 
 
 _NORM_PROGRAMS = 1056  # eight for each of an H100's processors
@@ -98,6 +100,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
+        if not torch.compiler.is_compiling():
+            out = _swiglu(gate_up.flatten(0, -2).contiguous())
+            return out.view(*gate_up.shape[:-1], out.shape[-1])
         gate, up = gate_up.chunk(2, dim=-1)
         return as_dtype(F.silu(gate.float()) * up.float(), gate_up.dtype)
 
@@ -139,6 +144,31 @@ class _SplitAndRotate(torch.autograd.Function):
 
 
 if triton is not None:
+
+    @triton.jit
+    def _swiglu_kernel(gate_up, out, width, BLOCK: tl.constexpr):  # noqa: N803
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * width + column, gate * tl.sigmoid(gate) * up, mask=inside)
+
+    @triton.jit
+    def _rotate_kernel(
+        x, cos, sin, row_stride, head_stride, cos_stride, sin_stride,
+        HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,  # noqa: N803
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        head, i = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
+        inside = (head < HEADS) & (i < HALF)
+        c = tl.load(cos + row * cos_stride + i, mask=i < HALF, other=0.0)
+        s = tl.load(sin + row * sin_stride + i, mask=i < HALF, other=0.0)
+        at = x + row * row_stride + head * head_stride + i
+        first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(at, first * c - second * s, mask=inside)
+        tl.store(at + HALF, second * c + first * s, mask=inside)
 
     @triton.jit
     def _swiglu_backward_kernel(gate_up, grad, out, width, BLOCK: tl.constexpr):  # noqa: N803
@@ -261,6 +291,31 @@ if triton is not None:
             gradient = tl.exp2(value * 1.4426950408889634 - normalizer) * factor
             gradient = tl.where(start + column == index, gradient - one, gradient)
             tl.store(row + start + column, gradient, mask=inside)
+
+    @torch.library.triton_op("ingot::swiglu", mutates_args={})
+    def _swiglu(gate_up: Tensor) -> Tensor:
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, width)
+        block = min(2048, triton.next_power_of_2(width))
+        torch.library.wrap_triton(_swiglu_kernel)[(rows, triton.cdiv(width, block))](
+            gate_up, out, width, BLOCK=block, num_warps=8 if block == 2048 else 4
+        )
+        return out
+
+    def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`rotate_half` in place, without gradients.
+
+        Args:
+            x: (N, heads, head_dim) on CUDA, the last dimension contiguous.
+            cos: of each token's angles, (N, head_dim / 2), fp32, the last dimension contiguous.
+            sin: as cos.
+        """
+        rows, heads, head_dim = x.shape
+        _rotate_kernel[(rows,)](
+            x, cos, sin, *x.stride()[:2], cos.stride(0), sin.stride(0), HEADS=heads, HALF=head_dim // 2,
+            BLOCK=triton.next_power_of_2(heads), WIDTH=triton.next_power_of_2(head_dim // 2), num_warps=4,
+        )  # fmt: skip
+        return x
 
     @torch.library.triton_op("ingot::swiglu_backward", mutates_args={})
     def _swiglu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from models.kernels import swiglu
+from models.decoder import to_device
+from models.kernels import on_gpu, rotate_, swiglu
 from models.loss import default_chunk
 from models.prefix_tree import Batch, Request, Segment, batches
 from models.transformer import Transformer, rotate
@@ -135,7 +136,7 @@ class _Scores:
 def _score(model: Transformer, weights: list[_Layer], head: Tensor, batch: Batch, vocab_size: int | None) -> _Scores:
     device = head.device
     tokens, positions, asked, after, targets = (
-        _put(array, device) for array in (batch.tokens, batch.positions, batch.asked, batch.after, batch.targets)
+        to_device(array, device) for array in (batch.tokens, batch.positions, batch.asked, batch.after, batch.targets)
     )
     hidden = _hidden(model, weights, tokens, positions, asked, _attention(batch, head, model))
     log_probabilities, likeliest = [], []
@@ -147,11 +148,6 @@ def _score(model: Transformer, weights: list[_Layer], head: Tensor, batch: Batch
         log_probabilities.append(logits[row, target] - logits.logsumexp(1)[row])
         likeliest.append(logits.argmax(1)[row] == target)
     return _Scores(batch.requests, torch.cat(log_probabilities), torch.cat(likeliest))
-
-
-def _put(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _hidden(
@@ -167,7 +163,11 @@ def _hidden(
         q, k, v = layer.heads(normed, attention.head_dim, sizes)
         if attention.qk_norm:
             q, k = attention.q_norm(q), attention.k_norm(k)
-        mixed = attend(rotate(q, rotary), rotate(k, rotary), v).flatten(1)
+        if on_gpu(q):
+            q, k = (rotate_(part, *rotary) for part in (q, k))
+        else:
+            q, k = (rotate(part, rotary) for part in (q, k))
+        mixed = attend(q, k, v).flatten(1)
         if i == len(weights) - 1:
             x, mixed = x[asked], mixed[asked]
         x, normed = block.ffn_norm.add(x, F.linear(mixed, layer.out))
@@ -204,12 +204,12 @@ class _Packed(_Attention):
     def _lengths(self, segments: list[Segment]) -> tuple[Tensor, int]:
         lengths = np.array([stop - start for start, stop in segments])
         ends = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-        return _put(ends, self.device), int(lengths.max())
+        return to_device(ends, self.device), int(lengths.max())
 
     def _rows(self, segments: list[Segment]) -> slice | Tensor:
         if all(a[1] == b[0] for a, b in itertools.pairwise(segments)):
             return slice(segments[0][0], segments[-1][1])
-        return _put(np.concatenate([np.arange(*segment) for segment in segments]), self.device)
+        return to_device(np.concatenate([np.arange(*segment) for segment in segments]), self.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ends, longest = self.nodes
@@ -239,7 +239,7 @@ class _Padded(_Attention):
             index = start[:, None] + np.arange(lengths.max())
             inside = np.arange(lengths.max()) < lengths[:, None]
             rows = np.minimum(index, len(batch.tokens) - 1)
-            self.groups.append((_put(rows, device), _put(np.flatnonzero(inside), device)))
+            self.groups.append((to_device(rows, device), to_device(np.flatnonzero(inside), device)))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         of_kv = q.shape[1] // k.shape[1]

@@ -252,18 +252,23 @@ def numbers(results: dict[str, Any]) -> dict[str, float]:
 
 
 def parted(trained: Any, reference: Any, args: tuple[Any, ...], x: str, y: str) -> str:
-    """Where two greedy texts part: the difference of transformers' two largest logits there."""
+    """How near each other the two likeliest tokens come, in transformers' own text of the prompt alone, before two
+    texts part.
+    """
     same = next((i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), min(len(x), len(y)))
-    own = trained.tokenizer.encode(x[:same])
-    prompt = reference.tok_encode(args[0])
-    gap = float("inf")
-    for cut in range(max(0, len(own) - 3), len(own) + 1):  # the last tokens in common may be cut differently
-        tokens = [*prompt, *own[:cut]]
-        with torch.no_grad():
-            logits = reference.model(torch.tensor([tokens], device=trained.device)).logits[0, -1].float()
-        first, second = logits.topk(2).values.tolist()
-        gap = min(gap, first - second)
-    return f"after {len(own)} tokens, where the two likeliest differ by {gap:.1e}: {x[-30:]!r} {y[-30:]!r}"
+    ids = torch.tensor([reference.tok_encode(args[0])], device=trained.device)
+    with torch.no_grad():
+        found = reference.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(x) + 1, do_sample=False,
+            output_logits=True, return_dict_in_generate=True, pad_token_id=trained.tokenizer.pad_id,
+        )  # fmt: skip
+    own = found.sequences[0, ids.shape[1] :].tolist()
+    until = next((i for i in range(1, len(own)) if len(trained.tokenizer.decode(own[:i])) > same), len(own))
+    values = torch.stack(found.logits)[:until, 0].float().topk(2).values
+    gap, at = (values[:, 0] - values[:, 1]).min(0)
+    return (
+        f"within {until} tokens, the two likeliest come as near as {gap:.1e} (token {int(at)}): {x[-30:]!r} {y[-30:]!r}"
+    )
 
 
 # Speed
@@ -304,7 +309,7 @@ def timed(lm: Any, kind: str, requests: list[Any]) -> Seconds:
 
 def warm_up(lm: Any, kind: str, requests: list[Any]) -> None:
     """Have kernels compiled and memory laid out: the longest request and some others."""
-    longest = max(requests, key=lambda one: len(one.args[0]))
+    longest = max(requests, key=lambda one: len(lm.tok_encode(one.args[0])))
     timed(lm, kind, [longest, *requests[: len(requests) // 20]])
 
 
@@ -327,17 +332,16 @@ def of_text(lm: Any, kind: str, requests: list[Any]) -> Seconds:
 
 
 def fastest(trained: Any, kind: str, requests: list[Any], batches: list[int]) -> Any:
-    """HFLM at the batch size that is fastest on some of the requests."""
-    lm, best = theirs(trained, batches[0]), (Seconds(float("inf"), float("inf")), 0)
-    largest = batches[-1]
-    some = requests[:largest]
-    if kind == "loglikelihood":
-        some = spread(requests, max(1, len(requests) // (8 * largest)))
-    timed(lm, kind, some[: batches[0]])
+    """HFLM at the batch size that is fastest on some of the requests: of texts on one batch each."""
+    lm, best = theirs(trained, batches[0]), (float("inf"), 0)
+    some = spread(requests, max(1, len(requests) // (8 * batches[-1])))
+    timed(lm, kind, requests[: batches[0]])
     for batch in batches:
         lm.batch_size_per_gpu = batch
+        if kind == "generate_until":
+            some = requests[:batch]
         try:
-            best = min(best, (timed(lm, kind, some), batch))
+            best = min(best, (timed(lm, kind, some).clock / len(some), batch))
         except torch.OutOfMemoryError:
             break
     lm.batch_size_per_gpu = best[1]
@@ -358,7 +362,7 @@ def speed(args: argparse.Namespace, folder: str) -> None:
     shape = args.shape or "small"
     precision = "bf16" if args.device == "cuda" else "fp32"
     trained = make(shape, args.data_dir, folder, args.device, "initial", precision)
-    batches = args.batches or ([32, 64, 128] if args.device == "cuda" else [1, 4, 16])
+    batches = args.batches or ([32, 64, 128, 256, 512] if args.device == "cuda" else [1, 4, 16])
     for task in args.tasks or ["mmlu", "gsm8k"]:
         kind, requests = kind_of(task), requests_of(task, args.data_dir, args.limit)
         mine = ours(trained)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+import models.generate
 from models.config import ModelConfig
 from models.generate import Engine, Sampling, choose, generate
 from models.hugging_face import save_pretrained
@@ -152,6 +153,13 @@ def texts(engine, requests):
     return [[t.token for t in said[number] if t.token is not None] for number in numbers]
 
 
+@pytest.fixture(params=[0, 1], ids=["", "ahead"])
+def ahead(request, monkeypatch):
+    """Also as on a GPU, which works on a step before the tokens of the last one are looked at."""
+    monkeypatch.setitem(models.generate._AHEAD, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mup"])
 def test_texts_that_come_and_go_are_transformers_greedy_texts(tmp_path, n_kv_heads, kind):
@@ -178,6 +186,7 @@ def test_texts_that_come_and_go_are_transformers_greedy_texts(tmp_path, n_kv_hea
     assert len({tuple(t.token for t in tokens) for tokens in said.values()}) > 15  # else equality would say little
 
 
+@pytest.mark.usefixtures("ahead")
 def test_log_probabilities_are_those_of_the_whole_sequence(tmp_path):
     model = sharpened(TINY, seed=1)
     theirs = in_transformers(model, tmp_path)
@@ -197,6 +206,7 @@ def test_log_probabilities_are_those_of_the_whole_sequence(tmp_path):
         torch.testing.assert_close(torch.tensor([t.log_probability for t in said[number]]), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("ahead")
 def test_a_text_does_not_depend_on_who_shares_the_batch():
     model = sharpened(TINY, seed=2)
     requests = [
@@ -212,6 +222,7 @@ def test_a_text_does_not_depend_on_who_shares_the_batch():
     assert by_iterator == alone
 
 
+@pytest.mark.usefixtures("ahead")
 def test_prompts_that_begin_alike_read_the_beginning_once_and_give_the_same_text(tmp_path):
     model = sharpened(replace(TINY, max_seq_len=128), seed=3)
     theirs = in_transformers(model, tmp_path)
@@ -228,6 +239,7 @@ def test_prompts_that_begin_alike_read_the_beginning_once_and_give_the_same_text
     assert sum(read) < 2 * 60 + 20 * 20 < sum(map(len, asked))
 
 
+@pytest.mark.usefixtures("ahead")
 def test_a_cancelled_text_gives_nothing_more_and_leaves_the_others_alone():
     model = sharpened(TINY, seed=2)
     requests = [(p, Sampling(12)) for p in prompts(6)]
