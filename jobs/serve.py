@@ -180,9 +180,15 @@ def serving(settings: ServeJob, key: str) -> Iterator[str]:
             deployments = serve.status().applications[name].deployments.values()
             why = "; ".join(d.message.strip().rpartition("\n")[2] for d in deployments) or str(error)
             raise SettingsError(f"the model cannot be served: {why}") from None
-        yield f"http://{settings.host}:{settings.port}"
+        yield address(settings.host, settings.port)
     finally:
         serve.shutdown()
+
+
+def address(host: str, port: int) -> str:
+    """Where a server that listens at ``host`` can be opened; one that listens everywhere, on its own machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - it is told, not bound
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _device(settings: ServeJob) -> str:
@@ -200,7 +206,8 @@ def _device(settings: ServeJob) -> str:
 def _check_port(settings: ServeJob) -> None:
     """Raise SettingsError when something listens there already."""
     try:
-        with socket.create_server((settings.host, settings.port)):
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        with socket.create_server((settings.host, settings.port), family=family):
             pass
     except OSError as error:
         raise SettingsError(f"port is {settings.port}; on {settings.host}: {error.strerror or error}") from None

@@ -307,8 +307,9 @@ class _Answer:
         """What came to which choice, as it comes; the prompts first when they are asked for."""
         if self.asked.echo:
             n = self.asked.n  # choices of a prompt follow each other
-            prompts = [await self._prompt(index) for index in range(0, len(self.texts), n)]
-            yield [(index, prompts[index // n]) for index in range(len(self.texts))]
+            with self.api.batcher.opened(len(self.texts)):  # scoring prompts is work too
+                prompts = [await self._prompt(index) for index in range(0, len(self.texts), n)]
+                yield [(index, prompts[index // n]) for index in range(len(self.texts))]
             if self.asked.max_tokens == 0:
                 return
         left = len(self.texts)

@@ -78,15 +78,22 @@ class Batcher:
     async def ask(self, texts: Sequence[tuple[Sequence[int], Sampling]]) -> AsyncIterator[Asking]:
         """Have prompts continued; what is not finished on leaving is given up."""
         asking = Asking(len(texts), asyncio.get_running_loop())
-        with self._told_of_failure(lambda error: _tell(asking, error)):
-            self.open += asking.count
+        with self._told_of_failure(lambda error: _tell(asking, error)), self.opened(asking.count):
             try:
                 self._commands.put(lambda: self._submit(asking, texts))
                 yield asking
             finally:
-                self.open -= asking.count
                 for index in range(asking.count):
                     self.cancel(asking, index)
+
+    @contextlib.contextmanager
+    def opened(self, count: int) -> Iterator[None]:
+        """Count texts as waited for."""
+        self.open += count
+        try:
+            yield
+        finally:
+            self.open -= count
 
     def cancel(self, asking: Asking, index: int) -> None:
         """Give up one of the texts."""

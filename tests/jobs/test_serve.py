@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -16,10 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import serve
+from jobs import serve, serve_api
 from jobs.generate import text as generated
 from jobs.run_folder import StoredRun
-from jobs.serve_api import ApiError, Limits, read_completion
+from jobs.serve_api import Api, ApiError, Limits, read_completion
 from jobs.serve_engine import Batcher
 from jobs.serve_text import Text
 from jobs.settings import GenerateJob, ServeJob, SettingsError
@@ -384,6 +385,44 @@ def test_who_asks_while_the_model_fails_is_told_too():
     assert first is True
     assert [str(error) for error in others] == ["the model failed"] * 7
     assert (batcher.open, batcher._waiters) == (0, set())
+
+
+def test_prompts_that_are_scored_count_as_waiting(monkeypatch):
+    stalled, engine = threading.Event(), OneToken()
+    monkeypatch.setattr(serve_api, "prompt_scores", lambda *_: stalled.wait() and [])
+    batcher, tokenizer = Batcher(engine), SimpleNamespace(vocab_size=9, bos_id=0, eot_id=0, token_bytes=lambda _: b"a")
+    trained = SimpleNamespace(name="base", tokenizer=tokenizer, model=None)
+    api = Api(trained, batcher, b"", Limits(max_tokens=4, max_texts=8, max_waiting=2, max_bytes=100))
+    body = b'{"prompt": [[1], [2]], "max_tokens": 0, "echo": true, "logprobs": 1}'
+
+    async def ask():
+        return await api._complete(read_completion(body, "base", api.limits))
+
+    async def together():
+        first = asyncio.create_task(ask())
+        await asyncio.sleep(0.05)
+        with pytest.raises(ApiError) as caught:  # two wait, one slot and two places are there
+            await ask()
+        stalled.set()
+        return caught.value.status, await asyncio.wait_for(first, 20)
+
+    status, answer = asyncio.run(together())
+    assert (status, answer.status_code, batcher.open) == (429, 200, 0)
+    batcher.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "opened"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("fe80::1", "http://[fe80::1]:80"),
+        ("a-machine", "http://a-machine:80"),
+    ],
+)
+def test_the_address_that_is_told_can_be_opened(host, opened):
+    assert serve.address(host, 80) == opened
 
 
 TOKENS = [b"\xe6", b"\x9d\xb1", b"\xe4\xba\xac", b"a", b"b", b"ab", b" a", b"\xf0\x9f", b"\x99\x82", b"\xff"]
