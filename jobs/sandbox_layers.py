@@ -9,11 +9,15 @@ import ctypes
 import os
 import platform
 import resource
+import stat
 import struct
 import sys
 from collections.abc import Iterable
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+# Devices that programs may open, by their numbers: what is written to them is gone.
+DEVICES = {"/dev/null": (1, 3), "/dev/urandom": (1, 9)}
 
 # Names and numbers of the system calls that a program may make: x86_64, aarch64; None where there is no such call.
 # What is not here fails with EPERM. Above all there is no socket, execve, kill, ptrace, process_vm_readv, mount, chmod,
@@ -105,7 +109,8 @@ def limit(*, seconds: float, memory: int, disk: int, child_processes: bool) -> N
 def enter_namespaces(root: str, readable: Iterable[str], *, disk: int, files: int) -> None:
     """Give this process a network without interfaces and a tree of its own, in which only ``/scratch`` is writable.
 
-    The tree holds what ``readable`` names, read-only and under the same paths, and no /proc, /sys or /dev.
+    The tree holds what ``readable`` names, read-only and under the same paths, and no /proc or /sys. Devices cannot be
+    opened, but for those of ``DEVICES``.
 
     Args:
         root: an empty folder; it is unchanged outside.
@@ -149,7 +154,7 @@ def _build_tree(root: str, readable: Iterable[str], *, disk: int, files: int) ->
         if not os.path.isdir(path):
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
         _mount(os.path.realpath(path), target, None, bind | recursive)
-        _make_read_only(target)
+        _make_read_only(target, device=is_harmless_device(path))
         bound.append(path)
     os.makedirs(f"{root}/scratch", exist_ok=True)
     _mount("tmpfs", f"{root}/scratch", "tmpfs", no_suid | no_dev | no_exec, f"size={disk},nr_inodes={files},mode=700")
@@ -163,9 +168,16 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
     _checked(_libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]))
 
 
-def _make_read_only(target: str) -> None:
-    """Also what is mounted below it, on Linux 5.12 and newer."""
-    attributes = struct.pack("=QQQQ", 1 | 2 | 4, 0, 0, 0)  # RDONLY, NOSUID, NODEV
+def is_harmless_device(path: str) -> bool:
+    """Whether it is one of ``DEVICES``, and not something else by its name."""
+    status = os.stat(path)
+    number = os.major(status.st_rdev), os.minor(status.st_rdev)
+    return stat.S_ISCHR(status.st_mode) and DEVICES.get(path) == number
+
+
+def _make_read_only(target: str, *, device: bool = False) -> None:
+    """Also what is mounted below it, on Linux 5.12 and newer; a device can still be opened, and written to."""
+    attributes = struct.pack("=QQQQ", 1 | 2 | (0 if device else 4), 0, 0, 0)  # RDONLY, NOSUID, NODEV
     path = ctypes.c_char_p(os.fsencode(target))
     try:
         _call(_MOUNT_SETATTR, -100, path, 0x8000, ctypes.c_char_p(attributes), len(attributes))  # AT_RECURSIVE
@@ -185,7 +197,8 @@ def landlock_version() -> int:
 def enter_landlock(readable: Iterable[str], scratch: str | None) -> None:
     """Let this process read only what ``readable`` names, and write, flat, into ``scratch``; for good.
 
-    Also, where the kernel's version has them: no TCP, and no abstract sockets or signals to what is outside.
+    ``/dev/null`` can be written to. Also, where the kernel's version has them: no TCP, and no abstract sockets or
+    signals to what is outside.
 
     Raises:
         OSError: there is no Landlock.
@@ -197,12 +210,14 @@ def enter_landlock(readable: Iterable[str], scratch: str | None) -> None:
     size = 8 if version < 4 else 16 if version < 6 else 24
     rules = _call(444, ctypes.c_char_p(attributes), size, 0)
     rights = dict.fromkeys(readable, execute | read | list_folder)
+    if "/dev/null" in rights and is_harmless_device("/dev/null"):
+        rights["/dev/null"] = read | write
     if scratch is not None:
         rights[scratch] = (write | read | list_folder | remove_file | make_file | truncate) & known
     for path, allowed in rights.items():
         if os.path.exists(path):
             at = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            of_files = -1 if os.path.isdir(path) else execute | read
+            of_files = -1 if os.path.isdir(path) else execute | read | write
             _call(445, rules, 1, ctypes.c_char_p(struct.pack("=Qi", allowed & of_files, at)), 0)
             os.close(at)
     _no_new_privileges()

@@ -86,6 +86,13 @@ HOSTILE = {
     "renaming into the outside": "import os\nopen('a', 'w').write('x')\nos.rename('a', 'OUTSIDE/file')",
     "changes of the installation": "import json\nopen(json.__file__, 'a').write(' ')",
     "reading outside": "assert open('OUTSIDE/file').read()",
+    "other devices": """
+        opened = 0
+        for name in ("zero", "full", "random", "tty", "ptmx", "fuse", "kmsg", "mem", "shm/x", "net/tun"):
+            try: open(f"/dev/{name}", "r+b"); opened += 1
+            except OSError: pass
+        assert opened
+        """,
     "listing outside": "import os\nassert os.listdir('OUTSIDE')",
     "the environment": "import os\nassert 'SECRET' in os.environ or len(os.environ) > 1",
     "the parent's environment": "assert 'SECRET' in open('/proc/PARENT/environ').read()",
@@ -371,12 +378,14 @@ def _serves(python):
 @pytest.mark.parametrize("layers", MODES, ids="+".join)
 def test_honest_programs_pass(layers):
     written = """
-        import collections, math, random, re, tempfile, threading
+        import collections, math, os, random, re, tempfile, threading
         import numpy
         def work(x):
             print("what is printed goes nowhere" * 100)
             with open("scratch.txt", "w") as f: f.write(str(x))
             with tempfile.TemporaryFile(dir=".") as f: f.write(b"x")
+            with open(os.devnull, "w") as f: f.write("nowhere")
+            assert open(os.devnull).read() == "" and len(open("/dev/urandom", "rb").read(8)) == 8
             done = []
             t = threading.Thread(target=done.append, args=(1,)); t.start(); t.join()
             assert done
