@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from large_weights import with_large_weights
 
 from jobs import export
 from jobs.gguf import pre_tokenizer, write_gguf
@@ -32,18 +33,6 @@ CONFIG = ModelConfig(
     vocab_size=448, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=64, tied_embeddings=True,
     base_width=48,
 )  # fmt: skip
-
-
-def of_size(model):
-    """Weights of the size of a trained model's, and norms that are not 1."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-            else:
-                parameter.mul_(6)
-    return model
 
 
 def train_tokenizer(**settings):
@@ -77,7 +66,7 @@ def workspace(tmp_path_factory):
     run.append_line("events.jsonl", json.dumps({"time": 1, "event": "rollback"}))
     ledger = Ledger()
     for step in (10, 20):
-        model = of_size(Transformer(CONFIG, seed=step))
+        model = with_large_weights(Transformer(CONFIG, seed=step), 6)
         name = f"checkpoints/step-{step:08d}"
         checkpoints.save(run, name, model, build_optimizer(model, OptimizerConfig()), {})
         ledger.add(Entry(step, step, step, 1.0, name, "clean"))
@@ -338,7 +327,7 @@ GGUF_TOP = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "ou
 )
 def test_gguf_has_the_models_values_by_its_own_reader(tmp_path, kind, shape, step):
     config = replace(CONFIG, **shape)
-    model, tokenizer = of_size(Transformer(config, seed=1)), train_tokenizer()
+    model, tokenizer = with_large_weights(Transformer(config, seed=1), 6), train_tokenizer()
     path = str(tmp_path / "model.gguf")
     write_gguf(model, tokenizer, path, kind, name="base")
     reader = gguf.GGUFReader(path)

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from large_weights import with_large_weights
 
 from models.config import ModelConfig
 from models.generate import generate
@@ -19,24 +20,15 @@ SMALL = ModelConfig(
 TOKENS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
-def with_large_weights(config):
-    """A model whose logits are of the size of a trained one's, with norms that are not 1."""
-    model = Transformer(config, seed=3)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-            else:
-                parameter.mul_(5)
-    return model
+def of_shape(config):
+    return with_large_weights(Transformer(config, seed=3), 5)
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
 def test_exported_model_has_equal_logits_in_transformers(tmp_path, n_kv_heads, tied, qk_norm):
-    model = with_large_weights(replace(SMALL, n_kv_heads=n_kv_heads, tied_embeddings=tied, qk_norm=qk_norm))
+    model = of_shape(replace(SMALL, n_kv_heads=n_kv_heads, tied_embeddings=tied, qk_norm=qk_norm))
     save_pretrained(model.state_dict(), model.config, str(tmp_path), eos_token_id=1)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         str(tmp_path), dtype=torch.float32, output_loading_info=True
@@ -127,7 +119,7 @@ def test_models_of_others_have_equal_logits_and_come_back_bit_for_bit(tmp_path, 
 
 
 def test_large_models_are_split_and_the_index_names_every_tensor(tmp_path):
-    model = with_large_weights(SMALL)
+    model = of_shape(SMALL)
     save_pretrained(model.state_dict(), SMALL, str(tmp_path), max_shard_size=60_000)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
@@ -142,7 +134,7 @@ def test_large_models_are_split_and_the_index_names_every_tensor(tmp_path):
 
 @pytest.mark.parametrize(("base_width", "exact"), [(32, True), (48, False)])
 def test_the_output_multiplier_of_mup_is_in_the_exported_weights(tmp_path, base_width, exact):
-    model = with_large_weights(replace(SMALL, base_width=base_width))
+    model = of_shape(replace(SMALL, base_width=base_width))
     save_pretrained(model.state_dict(), model.config, str(tmp_path))
     theirs = transformers.LlamaForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32).eval()
     config, state = load_pretrained(str(tmp_path))
@@ -188,7 +180,7 @@ def test_headers_that_lie_about_where_values_are_are_told(tmp_path, lie):
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
 def test_greedy_text_equals_transformers(tmp_path, n_kv_heads):
-    model = with_large_weights(replace(SMALL, n_kv_heads=n_kv_heads))
+    model = of_shape(replace(SMALL, n_kv_heads=n_kv_heads))
     save_pretrained(model.state_dict(), model.config, str(tmp_path))
     theirs = transformers.LlamaForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32).eval()
     prompt = [3, 1, 4, 1, 5]
@@ -201,7 +193,7 @@ def test_greedy_text_equals_transformers(tmp_path, n_kv_heads):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_what_was_written_is_read_back(tmp_path, tied, qk_norm):
-    model = with_large_weights(replace(SMALL, n_kv_heads=2, tied_embeddings=tied, qk_norm=qk_norm))
+    model = of_shape(replace(SMALL, n_kv_heads=2, tied_embeddings=tied, qk_norm=qk_norm))
     save_pretrained(model.state_dict(), model.config, str(tmp_path))
     config, state = load_pretrained(str(tmp_path))
     assert config == model.config
@@ -209,7 +201,7 @@ def test_what_was_written_is_read_back(tmp_path, tied, qk_norm):
 
 
 def test_bf16_file_is_the_rounded_model(tmp_path):
-    model = with_large_weights(SMALL)
+    model = of_shape(SMALL)
     save_pretrained(model.state_dict(), model.config, str(tmp_path), dtype=torch.bfloat16)
     _, state = load_pretrained(str(tmp_path))
     rounded = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
