@@ -10,6 +10,7 @@ from typing import Any
 from ray.train import Result, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.util import time_monotonic
 
 
 class SizedPolicy(ElasticScalingPolicy):
@@ -23,6 +24,13 @@ class SizedPolicy(ElasticScalingPolicy):
     def __init__(self, scaling_config: ScalingConfig, sizes: list[int]) -> None:
         super().__init__(scaling_config)
         self.sizes = sizes
+
+    def _get_reserved_resources(self) -> Any:
+        if time_monotonic() - self._latest_reserved_resources_query_time >= self.GET_RESERVED_RESOURCES_INTERVAL_S:
+            # By itself Ray's coordinator looks at the nodes every 20 seconds: for so long a group would wait for one
+            # that is gone, or not see one that has come. What this finds the question after it is answered with.
+            self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+        return super()._get_reserved_resources()
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         possible = super()._count_possible_workers(reserved_resources)

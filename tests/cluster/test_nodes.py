@@ -15,7 +15,7 @@ from models.training.spikes import SpikeConfig
 
 pytestmark = pytest.mark.cluster
 
-STEPS = 170
+STEPS = 120
 PATIENCE = 150  # seconds for what takes a few on a quiet machine
 
 

@@ -36,9 +36,17 @@ from models.training.state import TrainingStoppedError
 from pipelines import storage
 from pipelines.documents import InputError
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session", "short_polls")]
 
 STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def short_polls():
+    """Ray Train takes one checkpoint at each look at the workers; these runs take several in a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +74,7 @@ def run_of(workspace, name):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(workspace):
+def undisturbed(workspace, short_polls):
     final = job.pretrain(settings(workspace, "undisturbed"))
     return SimpleNamespace(final=final, **vars(run_of(workspace, "undisturbed")))
 
@@ -140,7 +148,8 @@ def test_a_finished_run_does_nothing_when_started_again(workspace, undisturbed, 
 def test_a_driver_killed_at_any_step_goes_on_bit_for_bit(workspace, undisturbed, tmp_path):
     """From a working directory, with a relative workspace, as on a command line."""
     folder = StoredRun(f"{workspace}/runs/killed")
-    given = settings(os.path.basename(workspace), "killed", checkpoint_every=5)
+    slow = Faults(slow_worker_seconds=0.1)  # the kill comes before the end
+    given = settings(os.path.basename(workspace), "killed", checkpoint_every=5, faults=slow)
     write_recipe(given, tmp_path / "recipe.yaml")
     kill_after = random.Random(1).randrange(5, 50)
     with open(tmp_path / "log", "w+") as log:
@@ -219,7 +228,7 @@ def test_a_killed_controller_is_started_again_and_the_run_ends_bit_for_bit(works
     killer = threading.Thread(target=kill)
     killer.start()
     # All cores of the session: the new workers need those of the old ones.
-    given = settings(workspace, "headless", checkpoint_every=5, faults=Faults(slow_worker_seconds=0.05))
+    given = settings(workspace, "headless", checkpoint_every=5, faults=Faults(slow_worker_seconds=0.1))
     given.cpus_per_worker = 2
     job.pretrain(given)
     killer.join()

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2.api import data_parallel_trainer
@@ -45,6 +46,19 @@ def test_a_running_group_is_not_disturbed_for_a_node_that_makes_no_size():
     for nodes, size in (([2, 1], None), ([2, 2], 4)):
         decision = policy(nodes, [2, 4, 6, 8]).make_decision_for_running_worker_group(running, None)
         assert isinstance(decision, NoopDecision) if size is None else decision.num_workers == size
+
+
+def test_a_node_that_has_come_or_gone_counts_at_once(monkeypatch):
+    asked = []
+    get = SimpleNamespace(remote=lambda requester, **how: asked.append((requester, how)))
+    made = SizedPolicy(ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 1}), [2, 4, 6, 8])
+    made._maybe_send_resource_request = lambda: None
+    made._coordinator_client = SimpleNamespace(_autoscaling_coordinator=SimpleNamespace(get_reserved_resources=get))
+    made._requester_id = "train-1"
+    monkeypatch.setattr(ray, "get", lambda ref, timeout: {"node": {"CPU": 5.0}})
+    for _ in range(2):  # within a second, the coordinator is asked once
+        assert made.make_decision_for_non_running_worker_group().num_workers == 4
+    assert asked == [("train-1", {"recompute": True}), ("train-1", {})]
 
 
 def test_ray_train_takes_the_policy(monkeypatch):
