@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lm_eval.api.model import TemplateLM
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
 
 MAX_GEN_TOKS = 256
 """Tokens of a text at most, where a task does not say; the harness's own number."""
+
+_MOST_TEXTS = 512  # that a GPU continues together
 
 TextRequest = tuple[Sequence[int], Sequence[str], "Sampling"]
 """Token ids of a prompt, strings before which the text ends, and how it is made."""
@@ -62,6 +62,7 @@ class LocalWorkers:
         self.slots = slots
         self._decoder = _Decoder(trained.tokenizer)
         self._engine: Engine | None = None
+        self._wanted = 0  # slots of it, were there memory for them
 
     def log_likelihoods(self, requests: Sequence[Request]) -> Iterator[tuple[int, tuple[float, bool]]]:
         """As of ``Workers``.
@@ -112,11 +113,12 @@ class LocalWorkers:
 
         model = self.trained.model
         longest = max(len(prompt) + sampling.max_new_tokens for prompt, _, sampling in requests)
-        if self._engine is None or self._engine.length < longest - 1:
+        wanted = self.slots or min(_MOST_TEXTS, 1 << (len(requests) - 1).bit_length())
+        if self._engine is None or self._engine.length < longest - 1 or self._wanted < wanted:
             self._engine = None  # its memory is free before the next one's is asked for
             length = min(-(-longest // 128) * 128, max(longest, model.config.max_seq_len))
-            slots = self.slots or slots_that_fit(model, length, on_cuda=256, on_cpu=32)
-            self._engine = Engine(model, slots=slots, length=length)
+            slots = self.slots or slots_that_fit(model, length, on_cuda=wanted, on_cpu=min(wanted, 32))
+            self._engine, self._wanted = Engine(model, slots=slots, length=length), wanted
         return self._engine
 
 
@@ -231,10 +233,20 @@ class IngotLM(TemplateLM):
             add_special_tokens = not string.startswith(self._prefix)
         return self._encode(string, add_special_tokens)
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of continuations, given contexts."""
+        texts, last = [], None
+        for request in requests:
+            context, continuation = _moved(*request.args)
+            if context != last:
+                last, end = context, self._encode.last_cut(context)
+                texts += [context[:end], context[end:]]
+            texts.append(context[end:] + continuation)
+        self._encode.prepare(texts)
+        return super().loglikelihood(requests, disable_tqdm)
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if spaces := len(context) - len(context.rstrip()):
-            continuation = context[-spaces:] + continuation
-            context = context[:-spaces]
+        context, continuation = _moved(context, continuation)
         if context != self._pair[0]:  # choices of a question follow each other
             end = self._encode.last_cut(context)
             head, tail = self.tok_encode(context[:end]) if end else [], context[end:]
@@ -289,6 +301,7 @@ class IngotLM(TemplateLM):
         Raises:
             ValueError: a task asks for what is not known here, or for texts as long as the model's context.
         """
+        self._encode.prepare([request.args[0] for request in requests])
         asked: list[TextRequest] = []
         seen: Counter[str] = Counter()
         for request in requests:
@@ -339,16 +352,18 @@ class IngotLM(TemplateLM):
         )
 
 
-# where a line begins with a letter, and the one before ends with what is no white space: no pre-token crosses it, and
-# what is on one side does not change the pre-tokens of the other
-_CUT = re.compile(r"(?<=[!-~]\n)(?=[A-Za-z])")
+def _moved(context: str, continuation: str) -> tuple[str, str]:
+    """Spaces at the end of a context belong to what continues it."""
+    end = len(context.rstrip())
+    return context[:end], context[end:] + continuation
 
 
 class Encoder:
     """Text to the token ids that ``transformers`` gives, fast where texts have lines in common.
 
     Few-shot prompts consist of the same lines again and again; where the tokenizer cuts texts at them anyway, each is
-    encoded once.
+    encoded once. It does where a line begins with a letter and the one before ends with what is no white space: no
+    pre-token crosses that, and what is on one side does not change the pre-tokens of the other.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -363,21 +378,41 @@ class Encoder:
         self._backend = backend
         self._before = special[: len(special) - len(plain)]
         self.by_lines = _cuts_at_lines(json.loads(content)) and special == self._before + plain
-        self._line = lru_cache(1 << 18)(lambda line: backend.encode(line, add_special_tokens=False).ids)
+        self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids, with those that the tokenizer adds to each text when asked."""
         if not self.by_lines:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         ids = list(self._before) if add_special_tokens else []
-        for line in _CUT.split(text):
-            ids += self._line(line)
+        for line in _lines(text):
+            if line not in self._known:
+                self._known[line] = self._backend.encode(line, add_special_tokens=False).ids
+            ids += self._known[line]
         return ids
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        """Encode the lines of texts together, on all cores, for when they are asked for."""
+        if not self.by_lines:
+            return
+        if len(self._known) > _MOST_LINES:
+            self._known.clear()
+        fresh = list({line for text in texts for line in _lines(text)}.difference(self._known))
+        for start in range(0, len(fresh), _LINES_TOGETHER):
+            lines = fresh[start : start + _LINES_TOGETHER]
+            for line, found in zip(
+                lines, self._backend.encode_batch_fast(lines, add_special_tokens=False), strict=True
+            ):
+                self._known[line] = found.ids
 
     def last_cut(self, text: str) -> int:
         """Where the last line begins that can be encoded apart from those before it; 0 is none."""
-        cuts = [match.start() for match in _CUT.finditer(text)] if self.by_lines else []
-        return cuts[-1] if cuts else 0
+        end = text.rfind("\n") if self.by_lines else -1
+        while end > 0:
+            if _cuts(text[end - 1], text[end + 1 : end + 2]):
+                return end + 1
+            end = text.rfind("\n", 0, end)
+        return 0
 
     def written(self, token: int) -> str:
         """A token as text, special ones too."""
@@ -388,8 +423,31 @@ class Encoder:
         return self._backend.decode(list(tokens), skip_special_tokens=False)
 
 
+_MOST_LINES, _LINES_TOGETHER = 1 << 18, 1 << 14
+
+
+def _lines(text: str) -> list[str]:
+    """A text in parts that can be encoded one by one."""
+    first, *others = text.split("\n")
+    lines = [first]
+    for line in others:
+        if _cuts(lines[-1][-1:], line[:1]):
+            lines[-1] += "\n"
+            lines.append(line)
+        else:
+            lines[-1] += "\n" + line
+    return lines
+
+
+def _cuts(before: str, behind: str) -> bool:
+    """Whether the tokenizer cuts between a line that ends with one character and one that begins with the other."""
+    return "!" <= before <= "~" and ("a" <= behind <= "z" or "A" <= behind <= "Z")
+
+
 def _cuts_at_lines(content: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is of byte-level BPE behind GPT-2's or GPT-4's split, which never crosses `_CUT`."""
+    """Whether a tokenizer.json is of byte-level BPE behind GPT-2's or GPT-4's split, which never crosses what
+    `_cuts` finds.
+    """
     if content["model"]["type"] != "BPE" or content["model"].get("dropout") or content.get("normalizer"):
         return False
     if any(

@@ -342,6 +342,7 @@ def slots_that_fit(model: Transformer, length: int, *, on_cuda: int = 128, on_cp
     """
     device = model.tok_embeddings.weight.device
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier work took and let go of
         most, room = on_cuda, torch.cuda.mem_get_info(device)[0] // 2
     else:
         most, room = on_cpu, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
