@@ -113,7 +113,9 @@ class LocalWorkers:
 
         model = self.trained.model
         longest = max(len(prompt) + sampling.max_new_tokens for prompt, _, sampling in requests)
-        wanted = self.slots or min(_MOST_TEXTS, 1 << (len(requests) - 1).bit_length())
+        # as many in the last turn as in the others, were all of one length
+        turns = -(-len(requests) // _MOST_TEXTS)
+        wanted = self.slots or -(-len(requests) // turns)
         if self._engine is None or self._engine.length < longest - 1 or self._wanted < wanted:
             self._engine = None  # its memory is free before the next one's is asked for
             length = min(-(-longest // 128) * 128, max(longest, model.config.max_seq_len))
@@ -379,13 +381,28 @@ class Encoder:
         self._before = special[: len(special) - len(plain)]
         self.by_lines = _cuts_at_lines(json.loads(content)) and special == self._before + plain
         self._known: dict[str, list[int]] = {}
+        self._examples: tuple[str, list[int]] = ("", [])
 
     def __call__(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids, with those that the tokenizer adds to each text when asked."""
         if not self.by_lines:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         ids = list(self._before) if add_special_tokens else []
-        for line in _lines(text):
+        examples, rest = self._parted(text)
+        if examples:
+            if examples != self._examples[0]:  # questions of a subject follow each other
+                self._examples = examples, self._of_lines(_lines(examples))
+            ids += self._examples[1]
+        return ids + self._of_lines(_lines(rest))
+
+    def _parted(self, text: str) -> tuple[str, str]:
+        """What is before the last paragraph, up to where the tokenizer cuts, and the rest."""
+        end = self.last_cut(text, text.rfind("\n\n"))
+        return text[:end], text[end:]
+
+    def _of_lines(self, lines: Iterable[str]) -> list[int]:
+        ids: list[int] = []
+        for line in lines:
             if line not in self._known:
                 self._known[line] = self._backend.encode(line, add_special_tokens=False).ids
             ids += self._known[line]
@@ -397,17 +414,23 @@ class Encoder:
             return
         if len(self._known) > _MOST_LINES:
             self._known.clear()
-        fresh = list({line for text in texts for line in _lines(text)}.difference(self._known))
+        lines: set[str] = set()
+        last = ""
+        for text in texts:
+            examples, rest = self._parted(text)
+            if examples and examples != last:
+                last = examples
+                lines.update(_lines(examples))
+            lines.update(_lines(rest))
+        fresh = list(lines.difference(self._known))
         for start in range(0, len(fresh), _LINES_TOGETHER):
-            lines = fresh[start : start + _LINES_TOGETHER]
-            for line, found in zip(
-                lines, self._backend.encode_batch_fast(lines, add_special_tokens=False), strict=True
-            ):
-                self._known[line] = found.ids
+            some = fresh[start : start + _LINES_TOGETHER]
+            found = self._backend.encode_batch_fast(some, add_special_tokens=False)
+            self._known.update(zip(some, (one.ids for one in found), strict=True))
 
-    def last_cut(self, text: str) -> int:
-        """Where the last line begins that can be encoded apart from those before it; 0 is none."""
-        end = text.rfind("\n") if self.by_lines else -1
+    def last_cut(self, text: str, before: int | None = None) -> int:
+        """Where the last line, of those that begin up to there, begins that can be encoded apart; 0 is none."""
+        end = text.rfind("\n", 0, before) if self.by_lines and before != -1 else -1
         while end > 0:
             if _cuts(text[end - 1], text[end + 1 : end + 2]):
                 return end + 1

@@ -18,7 +18,8 @@ def ray_session():
     here = os.path.dirname(os.path.abspath(__file__))
     folders = [os.path.dirname(here), *(f"{here}/{name}" for name in ("pipelines", "models", "jobs", "cluster"))]
     os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
+    quick = {"metrics_report_interval_ms": 2000}  # a test waits for them
     if not ray.is_initialized():
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _system_config=quick)
     yield ray
     ray.shutdown()

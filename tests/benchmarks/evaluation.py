@@ -278,10 +278,11 @@ def parted(trained: Any, reference: Any, args: tuple[Any, ...], x: str, y: str) 
 
 def requests_of(task: str, data_dir: str, limit: int | None) -> list[Any]:
     """All requests of a task, as the harness builds them."""
+    from jobs.eval_harness import lean
     from jobs.eval_tasks import Tasks
 
     found = []
-    with quiet():
+    with quiet(), lean():
         for one in Tasks(data_dir).load([task])["tasks"].values():
             one.set_config("num_fewshot", shots(task))
             one.set_fewshot_seed(1234)

@@ -161,7 +161,7 @@ def end_all(family):
     def left():
         return [pid for pid, start in family if (found := parent_and_start(pid)) and found[1] == start]
 
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 1
     while left() and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in left():

@@ -117,7 +117,7 @@ def test_a_module_that_kills_its_process_is_passed_over(tmp_path, monkeypatch):
 
 
 def test_same_seed_same_bytes_and_made_once(tmp_path, monkeypatch):
-    some = demo_corpus._modules()[::12]
+    some = demo_corpus._modules()[::30]
     monkeypatch.setattr(demo_corpus, "_modules", lambda: some)
     first, again = tmp_path / "first", tmp_path / "again"
     sources = demo_corpus.make_corpus(str(first), seed=3)
