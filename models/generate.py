@@ -328,6 +328,8 @@ class Engine:
                 self._decoder.last[row : row + 1] = self._decoder.last[end : end + 1]
                 self._active[row], last.row = last, row
                 self._held[row], self._lengths[row] = self._held[end], length
+                # a token that is still to come will be noted in the new row alone
+                self._lengths[end] = min(length, len(last.prompt) + last.generated)
 
 
 def slots_that_fit(model: Transformer, length: int, *, on_cuda: int = 128, on_cpu: int = 16) -> int:

@@ -240,6 +240,23 @@ def test_prompts_that_begin_alike_read_the_beginning_once_and_give_the_same_text
 
 
 @pytest.mark.usefixtures("ahead")
+def test_a_text_that_moves_before_its_first_token_came_leaves_no_beginning_with_another_token():
+    model = sharpened(TINY, seed=3)
+    first = prompts(1, longest=1)[0] * 17
+    engine = Engine(model, slots=2)
+    engine.submit([5], Sampling(2))
+    engine.submit([*first, 3, 4], Sampling(1))
+    engine.step()
+    engine.submit(first, Sampling(8))  # takes the row of what ended, and within a step moves to the one before
+    engine.step()
+    last = ([*first, 3, 4, 5], Sampling(8))
+    number, said = engine.submit(*last), []
+    while engine.busy:
+        said += [t.token for t in engine.step() if t.request == number]
+    assert [said] == texts(Engine(model, slots=1), [last])
+
+
+@pytest.mark.usefixtures("ahead")
 def test_a_cancelled_text_gives_nothing_more_and_leaves_the_others_alone():
     model = sharpened(TINY, seed=2)
     requests = [(p, Sampling(12)) for p in prompts(6)]
