@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -104,6 +105,9 @@ class LocalWorkers:
                     if stopped or token.finished is not None:
                         del running[token.request]
                         yield index, text.cut()
+        except Exception:
+            self._engine = None  # it may say that it holds what a step that failed has not read
+            raise
         finally:
             for request in running:
                 engine.cancel(request)
@@ -118,7 +122,7 @@ class LocalWorkers:
         wanted = self.slots or -(-len(requests) // turns)
         if self._engine is None or self._engine.length < longest - 1 or self._wanted < wanted:
             self._engine = None  # its memory is free before the next one's is asked for
-            length = min(-(-longest // 128) * 128, max(longest, model.config.max_seq_len))
+            length = min(-(-longest // 128) * 128, max(longest - 1, model.config.max_seq_len))
             slots = self.slots or slots_that_fit(model, length, on_cuda=wanted, on_cpu=min(wanted, 32))
             self._engine, self._wanted = Engine(model, slots=slots, length=length), wanted
         return self._engine
@@ -391,9 +395,9 @@ class Encoder:
         examples, rest = self._parted(text)
         if examples:
             if examples != self._examples[0]:  # questions of a subject follow each other
-                self._examples = examples, self._of_lines(_lines(examples))
+                self._examples = examples, self._of_lines(_CUT.split(examples))
             ids += self._examples[1]
-        return ids + self._of_lines(_lines(rest))
+        return ids + self._of_lines(_CUT.split(rest))
 
     def _parted(self, text: str) -> tuple[str, str]:
         """What is before the last paragraph, up to where the tokenizer cuts, and the rest."""
@@ -420,8 +424,8 @@ class Encoder:
             examples, rest = self._parted(text)
             if examples and examples != last:
                 last = examples
-                lines.update(_lines(examples))
-            lines.update(_lines(rest))
+                lines.update(_CUT.split(examples))
+            lines.update(_CUT.split(rest))
         fresh = list(lines.difference(self._known))
         for start in range(0, len(fresh), _LINES_TOGETHER):
             some = fresh[start : start + _LINES_TOGETHER]
@@ -432,7 +436,7 @@ class Encoder:
         """Where the last line, of those that begin up to there, begins that can be encoded apart; 0 is none."""
         end = text.rfind("\n", 0, before) if self.by_lines and before != -1 else -1
         while end > 0:
-            if _cuts(text[end - 1], text[end + 1 : end + 2]):
+            if _CUT.match(text, end + 1):
                 return end + 1
             end = text.rfind("\n", 0, end)
         return 0
@@ -447,30 +451,11 @@ class Encoder:
 
 
 _MOST_LINES, _LINES_TOGETHER = 1 << 18, 1 << 14
-
-
-def _lines(text: str) -> list[str]:
-    """A text in parts that can be encoded one by one."""
-    first, *others = text.split("\n")
-    lines = [first]
-    for line in others:
-        if _cuts(lines[-1][-1:], line[:1]):
-            lines[-1] += "\n"
-            lines.append(line)
-        else:
-            lines[-1] += "\n" + line
-    return lines
-
-
-def _cuts(before: str, behind: str) -> bool:
-    """Whether the tokenizer cuts between a line that ends with one character and one that begins with the other."""
-    return "!" <= before <= "~" and ("a" <= behind <= "z" or "A" <= behind <= "Z")
+_CUT = re.compile(r"(?<=[!-~]\n)(?=[A-Za-z])")
 
 
 def _cuts_at_lines(content: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is of byte-level BPE behind GPT-2's or GPT-4's split, which never crosses what
-    `_cuts` finds.
-    """
+    """Whether a tokenizer.json is of byte-level BPE behind GPT-2's or GPT-4's split, which never crosses `_CUT`."""
     if content["model"]["type"] != "BPE" or content["model"].get("dropout") or content.get("normalizer"):
         return False
     if any(

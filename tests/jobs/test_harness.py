@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from jobs.harness import Encoder, IngotLM, LocalWorkers
 from models.config import ModelConfig
-from models.generate import generate
+from models.generate import Sampling, generate
 from models.hugging_face import save_pretrained
 from models.transformer import Transformer
 from pipelines.tokenizer import TokenizerSettings, train_on_texts
@@ -147,6 +147,24 @@ def test_requests_whose_beginnings_are_cut_are_counted(tokenizer, ours):
         assert lm.cut == cut
     lm.loglikelihood_rolling(instances((text * 2,)))  # in windows, of which none is cut
     assert lm.cut == 2
+
+
+def test_texts_up_to_the_last_place_of_the_context(trained):
+    sampling = Sampling(LENGTH - 19)  # the last token is not read
+    ((_, text),) = LocalWorkers(trained).generate([([5] * 20, [], sampling)])
+    tokens = generate(trained.model, [5] * 20, max_new_tokens=LENGTH - 19, temperature=0)
+    assert text == trained.tokenizer.backend.decode(list(tokens))
+
+
+def test_texts_after_a_step_that_failed_are_the_same(trained):
+    workers, asked = LocalWorkers(trained), [(list(range(50, 80)), [], Sampling(8))]
+    expected = list(LocalWorkers(trained).generate(asked))
+    list(workers.generate([([5] * 30, [], Sampling(8))]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers._engine._decoder, "prompt", lambda *_: 1 / 0)  # such as no memory
+        with pytest.raises(ZeroDivisionError):
+            list(workers.generate(asked))
+    assert list(workers.generate(asked)) == expected
 
 
 def test_samples_of_one_prompt_differ_and_come_again(ours):
