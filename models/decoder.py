@@ -101,8 +101,9 @@ class Decoder:
 
     def copy(self, sources: list[int], row: int, length: int) -> None:
         """Copy the first `length` places of the source rows to as many rows from `row` on."""
+        where = to_device(np.array(sources), self.device)  # with a list, this program would wait for the device
         for layer in self.cache:  # one at a time: what is copied is held twice in between
-            layer[:, row : row + len(sources), :length] = layer[:, sources, :length]
+            layer[:, row : row + len(sources), :length] = layer[:, where, :length]
 
     def prompt(self, tokens: list[np.ndarray], row: int, starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Read several texts' next tokens, filling the cache.
