@@ -14,11 +14,12 @@ import logging
 import os
 import time
 import uuid
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
 
 from pipelines import storage
 
@@ -177,8 +178,8 @@ class _Keys:
     def __call__(self, first: Sequence[int], second: Sequence[int], more: Any = None) -> str:
         if first is not self.first:
             self.begun = hashlib.blake2b(f"{self.kind} {len(first)} ".encode(), digest_size=16)
-            self.begun.update(array("q", first).tobytes())
+            self.begun.update(np.asarray(first, np.int64).tobytes())
             self.first = first
         digest = self.begun.copy()
-        digest.update(array("q", second).tobytes() + json.dumps(more).encode())
+        digest.update(np.asarray(second, np.int64).tobytes() + json.dumps(more).encode())
         return digest.hexdigest()

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 MAX_GEN_TOKS = 256
 """Tokens of a text at most, where a task does not say; the harness's own number."""
 
-_MOST_TEXTS = 512  # that a GPU continues together
+_MOST_TEXTS = 1024  # that a GPU continues together
 
 TextRequest = tuple[Sequence[int], Sequence[str], "Sampling"]
 """Token ids of a prompt, strings before which the text ends, and how it is made."""
@@ -87,7 +88,8 @@ class LocalWorkers:
             return
         engine = self._engine_for(requests)
         # those that begin alike one after another: the engine reads a common beginning once
-        waiting = sorted(range(len(requests)), key=lambda i: list(requests[i][0]), reverse=True)
+        # (big-endian, so that bytes sort as tokens do)
+        waiting = sorted(range(len(requests)), key=lambda i: np.array(requests[i][0], ">i4").tobytes(), reverse=True)
         running: dict[int, tuple[int, _Text]] = {}
         try:
             while waiting or engine.busy:
@@ -211,7 +213,7 @@ class IngotLM(TemplateLM):
         self._prefix_id = getattr(tokenizer, "bos_id", self._eot_id) if prefix_id is None else prefix_id
         self._encode = Encoder(tokenizer)
         self._prefix = self._encode.written(self._prefix_id)
-        self._pair: tuple[str, list[int], list[int], str] = ("", [], [], "")
+        self._pair: tuple[str, np.ndarray, int, int] = ("", np.array([], np.int32), 0, 0)
 
     @property
     def eot_token_id(self) -> int:
@@ -235,9 +237,12 @@ class IngotLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; special tokens that are written out in the text are control, as in ``transformers``."""
-        if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self._prefix)
-        return self._encode(string, add_special_tokens)
+        ids = self._of(string) if add_special_tokens is None else self._encode(string, add_special_tokens)
+        return ids.tolist()
+
+    def _of(self, text: str, start: int = 0) -> np.ndarray:
+        """Token ids of a text from a cut on; the tokenizer's special ones are added to one that does not have them."""
+        return self._encode(text[start:], not start and not text.startswith(self._prefix))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of continuations, given contexts."""
@@ -251,23 +256,22 @@ class IngotLM(TemplateLM):
         self._encode.prepare(texts)
         return super().loglikelihood(requests, disable_tqdm)
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def _encode_pair(self, context: str, continuation: str) -> tuple[Sequence[int], list[int]]:
         context, continuation = _moved(context, continuation)
         if context != self._pair[0]:  # choices of a question follow each other
             end = self._encode.last_cut(context)
-            head, tail = self.tok_encode(context[:end]) if end else [], context[end:]
-            # special tokens are added to the beginning alone
-            of_tail = self._encode(tail, False) if end else self.tok_encode(tail)
-            self._pair = context, head + of_tail, of_tail, tail
-        _, tokens, of_tail, tail = self._pair
-        special = len(of_tail) == len(tokens)
-        whole = self.tok_encode(tail + continuation) if special else self._encode(tail + continuation, False)
-        return tokens, whole[len(of_tail) :]
+            tokens = of_tail = self._of(context, end)
+            if end:
+                tokens = np.concatenate([self._of(context[:end]), of_tail])
+            self._pair = context, tokens, end, len(of_tail)
+        _, tokens, end, known = self._pair
+        return tokens, self._of(context + continuation, end)[known:].tolist()
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
+        self, requests: list[tuple[Any, Sequence[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        asked: list[tuple[list[int], list[int]]] = []
+        asked: list[Request] = []
+        cut: tuple[Any, int, Any] = (None, 0, None)
         for _, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
                 raise ValueError(
@@ -276,8 +280,12 @@ class IngotLM(TemplateLM):
                 )
             # the last token is predicted, never read
             over = len(context) + len(continuation) - self.max_length - 1
-            self.cut += over > 0
-            asked.append((context[over:] if over > 0 else context, continuation))
+            if over > 0:
+                self.cut += 1
+                if context is not cut[0] or over != cut[1]:  # choices of a question go on having one context
+                    cut = context, over, context[over:]
+                context = cut[2]
+            asked.append((context, continuation))
         self.asked += len(asked)
         results: list[Any] = [None] * len(asked)
         for index, value in self.workers.log_likelihoods(asked):
@@ -322,7 +330,7 @@ class IngotLM(TemplateLM):
                     f"a task asks for {sampling.max_new_tokens} new tokens, but the model's max_seq_len is "
                     f"{self.max_length}; ask for less with max_gen_toks"
                 )
-            prompt = self.tok_encode(text)
+            prompt = self._of(text)
             self.cut += len(prompt) > room
             asked.append((prompt[-room:], until, sampling))
         self.asked += len(asked)
@@ -385,28 +393,28 @@ class Encoder:
         self._before = special[: len(special) - len(plain)]
         self.by_lines = _cuts_at_lines(json.loads(content)) and special == self._before + plain
         self._known: dict[str, list[int]] = {}
-        self._examples: tuple[str, list[int]] = ("", [])
+        self._examples: tuple[str, np.ndarray] = ("", np.array([], np.int32))
 
-    def __call__(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids, with those that the tokenizer adds to each text when asked."""
+    def __call__(self, text: str, add_special_tokens: bool) -> np.ndarray:
+        """Token ids, int32, with those that the tokenizer adds to each text when asked."""
         if not self.by_lines:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        ids = list(self._before) if add_special_tokens else []
+            return np.array(self._backend.encode(text, add_special_tokens=add_special_tokens).ids, np.int32)
+        before = self._before if add_special_tokens else []
         examples, rest = self._parted(text)
-        if examples:
-            if examples != self._examples[0]:  # questions of a subject follow each other
-                self._examples = examples, self._of_lines(_CUT.split(examples))
-            ids += self._examples[1]
-        return ids + self._of_lines(_CUT.split(rest))
+        if not examples:
+            return np.array(before + self._of_lines(rest), np.int32)
+        if examples != self._examples[0]:  # questions of a subject follow each other
+            self._examples = examples, np.array(self._of_lines(examples), np.int32)
+        return np.concatenate([np.array(before, np.int32), self._examples[1], np.array(self._of_lines(rest), np.int32)])
 
     def _parted(self, text: str) -> tuple[str, str]:
         """What is before the last paragraph, up to where the tokenizer cuts, and the rest."""
         end = self.last_cut(text, text.rfind("\n\n"))
         return text[:end], text[end:]
 
-    def _of_lines(self, lines: Iterable[str]) -> list[int]:
+    def _of_lines(self, text: str) -> list[int]:
         ids: list[int] = []
-        for line in lines:
+        for line in _CUT.split(text):
             if line not in self._known:
                 self._known[line] = self._backend.encode(line, add_special_tokens=False).ids
             ids += self._known[line]

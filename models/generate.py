@@ -234,12 +234,15 @@ class Engine:
         return group, sources, starts
 
     def _shared(self, prompt: np.ndarray) -> np.ndarray:
-        """How many tokens at its beginning a prompt shares with each row."""
-        if not len(prompt):
-            return np.zeros(self.slots, np.int64)
-        differs = self._held[:, : len(prompt)] != prompt
-        first = np.where(differs.any(axis=1), differs.argmax(axis=1), len(prompt))
-        return np.minimum(first, self._lengths)
+        """How many tokens at its beginning a prompt shares with each row; 0 where too few to be of use."""
+        shared = np.zeros(self.slots, np.int64)
+        begin = prompt[:_SHORTEST_PREFIX]
+        alike = np.flatnonzero((self._held[:, : len(begin)] == begin).all(axis=1))
+        if len(begin) == _SHORTEST_PREFIX and len(alike):
+            differs = self._held[alike, : len(prompt)] != prompt
+            first = np.where(differs.any(axis=1), differs.argmax(axis=1), len(prompt))
+            shared[alike] = np.minimum(first, self._lengths[alike])
+        return shared
 
     def _read(self, group: list[_Request], sources: list[int], starts: list[int]) -> None:
         """Fill the next rows with prompts, and ask for the token that follows each."""

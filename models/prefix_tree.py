@@ -87,20 +87,24 @@ class _Node:
 def _sequences(requests: Sequence[Request], longest: int, size: int, targets_below: int) -> list[_Sequence]:
     """Distinct sequences, sorted by their tokens."""
     found: dict[bytes, _Sequence] = {}
-    last: tuple[Sequence[int], np.ndarray] = ([], np.array([], ">i4"))
+    before, array = None, np.array([], ">i4")  # the last context
+    read, sequence = None, None  # what the last request has the model read of its continuation, and of all
     for i, (context, continuation) in enumerate(requests):
         if not len(context) or not len(continuation):
             raise ValueError(f"request {i} has an empty {'continuation' if len(context) else 'context'}")
-        if context is not last[0]:  # choices have one context
-            last = context, np.array(context, ">i4")  # big-endian, so that bytes sort as tokens do
-        tokens = np.concatenate([last[1], np.array(continuation[:-1], ">i4")])
-        if len(tokens) > longest:
-            raise ValueError(f"request {i} has {len(tokens)} tokens, but model.max_seq_len is {longest}")
-        if tokens.min() < 0 or tokens.max() >= size:
-            raise ValueError(f"request {i} has ids outside the vocabulary of {size}")
         if not _within(continuation, targets_below):
             raise ValueError(f"request {i} asks for ids outside the vocabulary of {targets_below}")
-        sequence = found.setdefault(tokens.tobytes(), _Sequence(tokens))
+        if context is not before:  # choices have one context
+            # big-endian, so that bytes sort as tokens do
+            before, array, read = context, np.array(context, ">i4"), None
+        if read is None or read != list(continuation[:-1]):  # of choices of one token, the same
+            read = list(continuation[:-1])
+            tokens = np.concatenate([array, np.array(read, ">i4")])
+            if len(tokens) > longest:
+                raise ValueError(f"request {i} has {len(tokens)} tokens, but model.max_seq_len is {longest}")
+            if tokens.min() < 0 or tokens.max() >= size:
+                raise ValueError(f"request {i} has ids outside the vocabulary of {size}")
+            sequence = found.setdefault(tokens.tobytes(), _Sequence(tokens))
         sequence.asked.append((i, list(continuation)))
     return [found[key] for key in sorted(found)]
 

@@ -10,7 +10,8 @@ equal  two small models, one trained for a minute on D's text and a random one, 
        1e-4, each item's prediction, and all scores. Greedy texts can part where two tokens are as likely as each other
        to rounding: where texts differ, the difference of the two logits of transformers is shown.
 speed  MMLU (5-shot) and GSM8K (5-shot), seconds of Ingot's LM class and of HFLM at the fastest of several batch sizes,
-       from text to results, in the same run on the same requests, bf16 on CUDA. With --gpus 2, Ingot's on two GPUs
+       from text to results, in the same run on the same requests, bf16 on CUDA. Weights are as they are initialized,
+       so that all texts are as long as the task lets them be, or (--models trained) of a model whose texts end. With --gpus 2, Ingot's on two GPUs
        through Ray actors against one.
 """
 
@@ -62,7 +63,10 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--parts", nargs="+", choices=("equal", "speed"), default=["equal", "speed"])
     parser.add_argument("--tasks", nargs="+", help=f"of {', '.join(TASKS)}, or a subject of MMLU such as mmlu_anatomy")
-    parser.add_argument("--models", nargs="+", choices=("random", "trained"), default=["random", "trained"])
+    parser.add_argument(
+        "--models", nargs="+", choices=("initial", "random", "trained"),
+        help="equal: random trained; speed: initial, of which no text ends before it must",
+    )  # fmt: skip
     parser.add_argument("--shape", choices=tuple(SHAPES), help="equal: tiny; speed: small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=int, help="questions of each task, of MMLU of each subject; all without")
@@ -74,10 +78,11 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         if "equal" in args.parts:
-            for name in args.models:
+            for name in args.models or ("random", "trained"):
                 equal(args, name, os.path.join(folder, name))
         if "speed" in args.parts:
-            (speed if args.gpus == 1 else gpus)(args, os.path.join(folder, "speed"))
+            for name in args.models or ("initial",):
+                (speed if args.gpus == 1 else gpus)(args, name, os.path.join(folder, "speed"))
 
 
 def kind_of(task: str) -> str:
@@ -105,9 +110,10 @@ def trained_briefly(model: Transformer, tokens: Sequence[int], steps: int = 400)
     """Steps of AdamW on windows of the text."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     text, generator = torch.tensor(tokens, device=model.rotary.device), torch.Generator().manual_seed(0)
+    size = 513 if text.device.type == "cpu" else model.config.max_seq_len + 1
     for step in range(steps):
-        starts = torch.randint(0, len(text) - 513, (4,), generator=generator)
-        window = torch.stack([text[start : start + 513] for start in starts.tolist()])
+        starts = torch.randint(0, len(text) - size, (4,), generator=generator)
+        window = torch.stack([text[start : start + size] for start in starts.tolist()])
         loss = model(window[:, :-1], window[:, 1:])
         loss.backward()
         for group in optimizer.param_groups:
@@ -366,11 +372,11 @@ def timed_in_memory(lm: Any, kind: str, requests: list[Any]) -> Seconds:
             lm.batch_size_per_gpu //= 2
 
 
-def speed(args: argparse.Namespace, folder: str) -> None:
+def speed(args: argparse.Namespace, name: str, folder: str) -> None:
     """Seconds of both, and their ratio."""
     shape = args.shape or "small"
     precision = "bf16" if args.device == "cuda" else "fp32"
-    trained = make(shape, args.data_dir, folder, args.device, "initial", precision)
+    trained = make(shape, args.data_dir, folder, args.device, name, precision)
     batches = args.batches or ([32, 64, 128, 256, 512] if args.device == "cuda" else [1, 4, 16])
     for task in args.tasks or ["mmlu", "gsm8k"]:
         kind, requests = kind_of(task), requests_of(task, args.data_dir, args.limit)
@@ -383,7 +389,7 @@ def speed(args: argparse.Namespace, folder: str) -> None:
         lm = fastest(trained, kind, requests, batches)
         other, other_text = timed_in_memory(lm, kind, requests), of_text(lm, kind, requests)
         print(
-            f"{task}, {shape} on {device_name(args.device)}: {len(requests)} requests; HFLM {other.clock:.1f} s (batch "
+            f"{task}, {shape} ({name}) on {device_name(args.device)}: {len(requests)} requests; HFLM {other.clock:.1f} s (batch "
             f"{lm.batch_size_per_gpu}; {other_text.clock:.1f} s of it tokenization), Ingot {own.clock:.1f} s "
             f"({own_text.clock:.1f} s): {other.clock / own.clock:.1f} times as fast; without tokenization "
             f"{(other.clock - other_text.clock) / (own.clock - own_text.clock):.1f} times",
@@ -406,14 +412,14 @@ def device_name(device: str) -> str:
     return f"{torch.get_num_threads()} threads of a CPU"
 
 
-def gpus(args: argparse.Namespace, folder: str) -> None:
+def gpus(args: argparse.Namespace, name: str, folder: str) -> None:
     """Ingot's seconds on several GPUs (or CPU cores) through Ray actors, and on one."""
     from jobs.eval_workers import open_model
     from jobs.harness import IngotLM
     from jobs.settings import EvaluateJob
 
     shape = args.shape or "small"
-    trained = make(shape, args.data_dir, folder, args.device, "initial", "bf16" if args.device == "cuda" else "fp32")
+    trained = make(shape, args.data_dir, folder, args.device, name, "bf16" if args.device == "cuda" else "fp32")
     length = trained.model.config.max_seq_len
     tokenizer: Tokenizer = trained.tokenizer
     del trained
