@@ -1,7 +1,7 @@
 """Finished items of evaluations on storage: an evaluation that is killed, or asked for again, repeats none of them.
 
-An item is one log-likelihood or one generated text of one model. What it hangs on, tokens and sampling, is its key;
-the model, with its precision and kind of device, is the folder, and so is ``MEANING``: what code gave that meant
+An item is one log-likelihood or one generated text of one model. What it hangs on, text and sampling, is its key; the
+model, with its tokenizer, precision and kind of device, is the folder, and so is ``MEANING``: what code gave that meant
 something else is not taken.
 """
 
@@ -19,16 +19,15 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from pipelines import storage
 
 if TYPE_CHECKING:
     from jobs.harness import Workers
+    from jobs.local_workers import TextRequest
 
 log = logging.getLogger("ingot")
 
-MEANING = 1
+MEANING = 2
 """Of the same request: to be raised when what scores or continues texts comes to another answer than it did before."""
 
 _REMOTE_EVERY = 20.0  # seconds between the objects that are written where files cannot grow
@@ -114,20 +113,28 @@ class CachedWorkers:
         self.workers, self.finished = workers, finished
         self.asked = self.taken = 0  # items, and those of them that were finished before
 
-    def log_likelihoods(
-        self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> Iterator[tuple[int, tuple[float, bool]]]:
+    def log_likelihoods(self, requests: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, bool, bool]]]:
         """As of ``Workers``; equal requests are one."""
         key = _Keys("l")
         keys = [key(context, continuation) for context, continuation in requests]
         for index, value in self._missing(keys, requests, self.workers.log_likelihoods, "log-likelihoods"):
-            yield index, (value[0], bool(value[1]))
+            yield index, tuple(value)
 
-    def generate(self, requests: Sequence[tuple[Sequence[int], Sequence[str], Any]]) -> Iterator[tuple[int, Any]]:
+    def rolling_log_likelihoods(self, texts: Sequence[str]) -> Iterator[tuple[int, float]]:
+        """As of ``Workers``; equal texts are one."""
+        key = _Keys("r")
+        keys = [key(text, "") for text in texts]
+        return self._missing(keys, texts, self.workers.rolling_log_likelihoods, "texts' log-likelihoods")
+
+    def generate(self, requests: Sequence[TextRequest]) -> Iterator[tuple[int, tuple[str, bool]]]:
         """As of ``Workers``; equal requests, seed included, are one."""
         key = _Keys("g")
-        keys = [key(prompt, (), [list(until), _plain(sampling)]) for prompt, until, sampling in requests]
-        yield from self._missing(keys, requests, self.workers.generate, "texts")
+        keys = [
+            key(prompt, json.dumps([list(until), _plain(sampling)], sort_keys=True))
+            for prompt, until, sampling in requests
+        ]
+        for index, value in self._missing(keys, requests, self.workers.generate, "texts"):
+            yield index, tuple(value)
 
     def _missing(self, keys: list[str], requests: Sequence[Any], work: Any, what: str) -> Iterator[tuple[int, Any]]:
         places: dict[str, list[int]] = {}
@@ -172,14 +179,14 @@ class _Keys:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.first: Sequence[int] | None = None
+        self.first: str | None = None
         self.begun: Any = None
 
-    def __call__(self, first: Sequence[int], second: Sequence[int], more: Any = None) -> str:
+    def __call__(self, first: str, second: str) -> str:
         if first is not self.first:
-            self.begun = hashlib.blake2b(f"{self.kind} {len(first)} ".encode(), digest_size=16)
-            self.begun.update(np.asarray(first, np.int64).tobytes())
+            text = first.encode(errors="surrogatepass")
+            self.begun = hashlib.blake2b(f"{self.kind} {len(text)} ".encode() + text, digest_size=16)
             self.first = first
         digest = self.begun.copy()
-        digest.update(np.asarray(second, np.int64).tobytes() + json.dumps(more).encode())
+        digest.update(second.encode(errors="surrogatepass"))
         return digest.hexdigest()

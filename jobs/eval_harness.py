@@ -69,7 +69,7 @@ class Harness:
         failed, found, cut = dict(self.failed), [], {}
         with FinishedItems(cache_folder(folder, known.fingerprint)) as finished:
             workers = CachedWorkers(model, finished)
-            lm = IngotLM(workers, known.tokenizer, known.max_length)
+            lm = IngotLM(workers, known.max_length)
             for name in self.settings.task_names():
                 if name in failed:
                     continue

@@ -13,18 +13,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.eval_validation import validation
+from jobs.local_workers import LocalWorkers
 from jobs.session import ray_session
 from jobs.settings import EvaluateJob
 from jobs.trained import Trained, load
 
 if TYPE_CHECKING:
-    from jobs.harness import LocalWorkers
+    from jobs.local_workers import TextRequest
 
 log = logging.getLogger("ingot")
 
-_SMALLEST = 256  # items that an actor gets at least; fewer keep a GPU busy for too short
+_SMALLEST = 256  # continuations that an actor gets at least; fewer keep a GPU busy for too short
+_AT_ONCE = 2  # shares that an actor has: while it computes one, it encodes the text of another
 _MOST_LOST = 3  # times that one actor may be lost before it is given up
 _REPLY_EVERY = 0.5  # seconds between two replies of an actor at work
+_LOOK_EVERY = 0.2  # seconds between two looks whether a lost actor is there again
 
 
 @dataclass
@@ -35,9 +38,7 @@ class Facts:
         name: of the run or the folder.
         step: of the checkpoint; None of a model that is no run.
         fingerprint: of the weights, the precision and the kind of device.
-        tokenizer: the model's.
         max_length: tokens that it takes.
-        vocab_size: ids that have a text.
         parameters: their number.
         device: cpu, or the name of the GPU.
         dtype: of matrix products.
@@ -46,9 +47,7 @@ class Facts:
     name: str
     step: int | None
     fingerprint: str
-    tokenizer: Any
     max_length: int
-    vocab_size: int
     parameters: int
     device: str
     dtype: str
@@ -59,7 +58,7 @@ class Model:
 
     def __init__(self, settings: EvaluateJob, device: str) -> None:
         self.trained = load(settings, device)
-        self.workers: LocalWorkers | None = None
+        self.workers = LocalWorkers(self.trained)
 
     def facts(self) -> Facts:
         """Of the model."""
@@ -69,20 +68,17 @@ class Model:
         """``jobs.eval_validation.validation`` of the model."""
         return validation(self.trained, workspace, samples, batch)
 
-    def log_likelihoods(self, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def log_likelihoods(self, requests: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, bool, bool]]]:
         """As of ``Workers``."""
-        return self._local().log_likelihoods(requests)
+        return self.workers.log_likelihoods(requests)
 
-    def generate(self, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def rolling_log_likelihoods(self, texts: Sequence[str]) -> Iterator[tuple[int, float]]:
         """As of ``Workers``."""
-        return self._local().generate(requests)
+        return self.workers.rolling_log_likelihoods(texts)
 
-    def _local(self) -> LocalWorkers:
-        if self.workers is None:  # so that the validation loss needs no harness
-            from jobs.harness import LocalWorkers
-
-            self.workers = LocalWorkers(self.trained)
-        return self.workers
+    def generate(self, requests: Sequence[TextRequest]) -> Iterator[tuple[int, tuple[str, bool]]]:
+        """As of ``Workers``."""
+        return self.workers.generate(requests)
 
 
 def facts(trained: Trained) -> Facts:
@@ -96,9 +92,7 @@ def facts(trained: Trained) -> Facts:
         name=trained.name,
         step=trained.step,
         fingerprint=f"{trained.fingerprint}-{dtype}-{trained.device.type}",
-        tokenizer=trained.tokenizer,
         max_length=config.max_seq_len,
-        vocab_size=trained.tokenizer.vocab_size,
         parameters=config.n_params(),
         device=torch.cuda.get_device_name(trained.device) if on_gpu else "cpu",
         dtype=dtype,
@@ -145,7 +139,7 @@ def _actors(settings: EvaluateJob, copies: int, on_gpu: bool) -> Iterator[ManyMo
 
     log.info("evaluate: %d copies of the model, each on a %s", copies, "GPU" if on_gpu else "CPU core")
     options = {"num_cpus": settings.cpus, "num_gpus": 1 if on_gpu else 0, "max_restarts": _MOST_LOST}
-    kind = ray.remote(ModelActor).options(**options)
+    kind = ray.remote(ModelActor).options(max_concurrency=_AT_ONCE, **options)
     actors = [kind.remote(settings, "cuda" if on_gpu else "cpu") for _ in range(copies)]
     try:
         yield ManyModels(actors)
@@ -210,21 +204,26 @@ class ManyModels:
         (answer, *_), _ = ray.wait(list(asked))
         return asked[answer], answer
 
-    def log_likelihoods(self, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def log_likelihoods(self, requests: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, bool, bool]]]:
         """As of ``Workers``."""
-        return self._spread("log_likelihoods", requests)
+        return self._spread("log_likelihoods", requests, _AT_ONCE, _SMALLEST)
 
-    def generate(self, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def rolling_log_likelihoods(self, texts: Sequence[str]) -> Iterator[tuple[int, float]]:
         """As of ``Workers``."""
-        return self._spread("generate", requests)
+        return self._spread("rolling_log_likelihoods", texts, _AT_ONCE, 1)  # whole documents
 
-    def _spread(self, kind: str, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        # Texts are long, and an engine is empty towards the end of a share: so each gets a single one of them.
-        share = _Share(len(requests), len(self.actors), shrink=kind == "log_likelihoods")
+    def generate(self, requests: Sequence[TextRequest]) -> Iterator[tuple[int, tuple[str, bool]]]:
+        """As of ``Workers``."""
+        # they take long, and an engine is empty towards the end of a share: so each actor gets a single one
+        return self._spread("generate", requests, 1, math.ceil(len(requests) / len(self.actors)))
+
+    def _spread(self, kind: str, requests: Sequence[Any], at_once: int, smallest: int) -> Iterator[tuple[int, Any]]:
+        share = _Share(len(requests), at_once * len(self.actors), smallest)
         results: queue.SimpleQueue = queue.SimpleQueue()
         threads = [
             threading.Thread(target=_feed, args=(actor, kind, requests, share, results), daemon=True)
             for actor in self.actors
+            for _ in range(at_once)
         ]
         for thread in threads:
             thread.start()
@@ -249,14 +248,14 @@ class _Share:
 
     Args:
         items: their number.
-        actors: that take them.
-        shrink: shares get smaller to the end, so that all end together; else all are equal.
+        takers: how many there are.
+        smallest: items of a share; shares get smaller to the end, down to this, so that all end together.
     """
 
-    def __init__(self, items: int, actors: int, *, shrink: bool) -> None:
+    def __init__(self, items: int, takers: int, smallest: int) -> None:
         self.changed = threading.Condition()
-        self.smallest = _SMALLEST if shrink else math.ceil(items / actors)
-        self.parts = 2 * actors
+        self.smallest = smallest
+        self.parts = 2 * takers
         self.left = [range(items)] if items else []
         self.held = 0  # shares that somebody has
         self.closed = False
@@ -289,33 +288,49 @@ class _Share:
             self.changed.notify_all()
 
 
+def _wait_for(actor: Any, share: _Share) -> None:
+    import ray
+    from ray.exceptions import ActorUnavailableError
+
+    there = False
+    while not there and not share.closed:
+        try:
+            there = ray.get(actor.__ray_ready__.remote())
+        except ActorUnavailableError:  # it is being started again
+            time.sleep(_LOOK_EVERY)
+
+
 def _feed(actor: Any, kind: str, requests: Sequence[Any], share: _Share, results: queue.SimpleQueue) -> None:
     """Have one actor work; puts lists of results, and at the end None, or the error that it ended with."""
     import ray
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayTaskError
 
     lost, error = 0, None
     try:
-        ray.get(actor.facts.remote())  # it takes nothing before it is there
+        _wait_for(actor, share)  # it takes nothing before it is there
+        while (items := share.take()) is not None:
+            left = dict.fromkeys(items)
+            try:
+                replies = actor.work.options(num_returns="streaming").remote(kind, [requests[item] for item in items])
+                for reply in replies:
+                    answers = [(items[place], value) for place, value in ray.get(reply)]
+                    for item, _ in answers:
+                        del left[item]
+                    results.put(answers)
+            except RayActorError:
+                lost += 1
+                if not share.closed:  # at the end of a process its actors go too
+                    log.warning("evaluate: a copy of the model was lost; %d items are asked again", len(left))
+                if lost > _MOST_LOST:
+                    raise
+            finally:
+                share.give_back(list(left))
+            if left:
+                _wait_for(actor, share)
+    except RayTaskError as failure:
+        error = failure.cause
     except Exception as failure:
         error = failure
-    while error is None and (items := share.take()) is not None:
-        left = dict.fromkeys(items)
-        try:
-            replies = actor.work.options(num_returns="streaming").remote(kind, [requests[item] for item in items])
-            for reply in replies:
-                answers = [(items[place], value) for place, value in ray.get(reply)]
-                for item, _ in answers:
-                    del left[item]
-                results.put(answers)
-        except RayActorError as failure:
-            lost += 1
-            if not share.closed:  # at the end of a process its actors go too
-                log.warning("evaluate: a copy of the model was lost; %d items are asked again", len(left))
-            error = failure if lost > _MOST_LOST else None
-        except Exception as failure:
-            error = failure
-        share.give_back(list(left))
     if error is not None and not share.closed:  # the others may go on, and all end well
         log.warning("evaluate: a copy of the model is given up: %s", error)
     results.put(error)

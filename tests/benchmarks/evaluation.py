@@ -11,8 +11,8 @@ equal  two small models, one trained for a minute on D's text and a random one, 
        to rounding: where texts differ, the difference of the two logits of transformers is shown.
 speed  MMLU (5-shot) and GSM8K (5-shot), seconds of Ingot's LM class and of HFLM at the fastest of several batch sizes,
        from text to results, in the same run on the same requests, bf16 on CUDA. Weights are as they are initialized,
-       so that all texts are as long as the task lets them be, or (--models trained) of a model whose texts end. With --gpus 2, Ingot's on two GPUs
-       through Ray actors against one.
+       so that all texts are as long as the task lets them be, or (--models trained) of a model whose texts end. With
+       --gpus 2, Ingot's on two GPUs through Ray actors against one.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -39,7 +40,7 @@ from models.config import PRESETS, ModelConfig
 from models.hugging_face import save_pretrained
 from models.parallel import parallelize
 from models.transformer import Transformer
-from pipelines.tokenizer import Tokenizer, TokenizerSettings, train_on_texts
+from pipelines.tokenizer import TokenizerSettings, train_on_texts
 
 SHAPES = {
     # for the comparison of all items on few cores
@@ -153,12 +154,12 @@ def make(shape: str, data_dir: str, folder: str, device: str, kind: str, precisi
     return SimpleNamespace(model=model, tokenizer=tokenizer, device=torch.device(device), folder=folder, dtype=dtype)
 
 
-def ours(trained: Any, warm: Any = None) -> Any:
-    """Ingot's LM class, with the workers of another one; no text is known to it."""
-    from jobs.harness import IngotLM, LocalWorkers
+def ours(trained: Any) -> Any:
+    """Ingot's LM class."""
+    from jobs.harness import IngotLM
+    from jobs.local_workers import LocalWorkers
 
-    workers = warm.workers if warm else LocalWorkers(trained)
-    return IngotLM(workers, trained.tokenizer, trained.model.config.max_seq_len)
+    return IngotLM(LocalWorkers(trained), trained.model.config.max_seq_len)
 
 
 def theirs(trained: Any, batch: int) -> Any:
@@ -318,7 +319,7 @@ def timed(lm: Any, kind: str, requests: list[Any]) -> Seconds:
 
 def warm_up(lm: Any, kind: str, requests: list[Any]) -> None:
     """Have kernels compiled and memory laid out: the longest request and some others, or all of texts' beginnings."""
-    longest = max(requests, key=lambda one: len(lm.tok_encode(one.args[0])))
+    longest = max(requests, key=lambda one: len(one.args[0]))
     if kind == "loglikelihood":
         timed(lm, kind, [longest, *requests[: len(requests) // 20]])
         return
@@ -338,12 +339,12 @@ def of_text(lm: Any, kind: str, requests: list[Any]) -> Seconds:
     if kind != "loglikelihood":
         return Seconds(0.0, 0.0)
     requests = spread(requests, 10)
-    original = lm._loglikelihood_tokens
-    lm._loglikelihood_tokens = lambda tokens, **_: [(0.0, False)] * len(tokens)
-    try:
+    if hasattr(lm, "workers"):
+        left_out = mock.patch.object(lm.workers, "_scored", lambda asked: ((i, 0.0, False) for i in range(len(asked))))
+    else:
+        left_out = mock.patch.object(lm, "_loglikelihood_tokens", lambda asked, **_: [(0.0, False)] * len(asked))
+    with left_out:
         return Seconds(*(10 * seconds for seconds in timed(lm, kind, requests)))
-    finally:
-        lm._loglikelihood_tokens = original
 
 
 def fastest(trained: Any, kind: str, requests: list[Any], batches: list[int]) -> Any:
@@ -382,17 +383,16 @@ def speed(args: argparse.Namespace, name: str, folder: str) -> None:
         kind, requests = kind_of(task), requests_of(task, args.data_dir, args.limit)
         mine = ours(trained)
         warm_up(mine, kind, requests)
-        mine = ours(trained, mine)
         own = timed(mine, kind, requests)
         own_text = of_text(mine, kind, requests)
         del mine
         lm = fastest(trained, kind, requests, batches)
         other, other_text = timed_in_memory(lm, kind, requests), of_text(lm, kind, requests)
         print(
-            f"{task}, {shape} ({name}) on {device_name(args.device)}: {len(requests)} requests; HFLM {other.clock:.1f} s (batch "
-            f"{lm.batch_size_per_gpu}; {other_text.clock:.1f} s of it tokenization), Ingot {own.clock:.1f} s "
-            f"({own_text.clock:.1f} s): {other.clock / own.clock:.1f} times as fast; without tokenization "
-            f"{(other.clock - other_text.clock) / (own.clock - own_text.clock):.1f} times",
+            f"{task}, {shape} ({name}) on {device_name(args.device)}: {len(requests)} requests; HFLM "
+            f"{other.clock:.1f} s (batch {lm.batch_size_per_gpu}; {other_text.clock:.1f} s of it tokenization), "
+            f"Ingot {own.clock:.1f} s ({own_text.clock:.1f} s): {other.clock / own.clock:.1f} times as fast; without "
+            f"tokenization {(other.clock - other_text.clock) / (own.clock - own_text.clock):.1f} times",
             flush=True,
         )
         if args.device == "cpu":
@@ -421,7 +421,6 @@ def gpus(args: argparse.Namespace, name: str, folder: str) -> None:
     shape = args.shape or "small"
     trained = make(shape, args.data_dir, folder, args.device, name, "bf16" if args.device == "cuda" else "fp32")
     length = trained.model.config.max_seq_len
-    tokenizer: Tokenizer = trained.tokenizer
     del trained
     requests = {task: requests_of(task, args.data_dir, args.limit) for task in args.tasks or ["mmlu", "gsm8k"]}
     seconds: dict[tuple[str, int], float] = {}
@@ -429,8 +428,8 @@ def gpus(args: argparse.Namespace, name: str, folder: str) -> None:
         settings = replace(EvaluateJob(model=folder, workers=count), device="gpu" if args.device == "cuda" else "cpu")
         with open_model(settings, args.device) as model:
             for task, own in requests.items():
-                warm_up(IngotLM(model, tokenizer, length), kind_of(task), own)
-                seconds[task, count] = timed(IngotLM(model, tokenizer, length), kind_of(task), own).clock
+                warm_up(IngotLM(model, length), kind_of(task), own)
+                seconds[task, count] = timed(IngotLM(model, length), kind_of(task), own).clock
                 print(f"{task}, {shape}: {seconds[task, count]:.1f} s on {count}", flush=True)
         del model  # another one takes its GPU
     for task in requests:

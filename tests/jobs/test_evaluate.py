@@ -1,7 +1,6 @@
 """Evaluations: lm_eval's own backend for transformers is the judge of scores, and its writer of files."""
 
 import csv
-import dataclasses
 import glob
 import gzip
 import itertools
@@ -212,30 +211,38 @@ class Echo:
 
     def log_likelihoods(self, requests):
         self.asked += requests
-        return ((i, (-float(len(c)), False)) for i, (c, _) in enumerate(requests))
+        return ((i, (-float(len(c)), False, True)) for i, (c, _) in enumerate(requests))
+
+    def rolling_log_likelihoods(self, texts):
+        self.asked += texts
+        return ((i, -float(len(text))) for i, text in enumerate(texts))
 
     def generate(self, requests):
         self.asked += requests
-        return ((i, f"{list(p)} {s.seed}\u2028") for i, (p, _, s) in reversed(list(enumerate(requests))))
+        return ((i, (f"{p} {s.seed}\u2028", False)) for i, (p, _, s) in reversed(list(enumerate(requests))))
 
 
 def test_equal_requests_are_one_and_what_is_cut_short_is_asked_again(tmp_path):
-    asked = [([1, 2], [3]), ([1], [2, 3]), ([1, 2], [3])]
-    texts = [([1], ["\n"], Sampling(5, temperature=0.5, seed=seed)) for seed in (0, 1, 0)]
+    asked = [("ab", "c"), ("a", "bc"), ("ab", "c")]
+    texts = [("a", ["\n"], Sampling(5, temperature=0.5, seed=seed)) for seed in (0, 1, 0)]
+    continued = {0: ("a 0\u2028", False), 1: ("a 1\u2028", False), 2: ("a 0\u2028", False)}
     with FinishedItems(str(tmp_path / "f")) as finished:
         workers = CachedWorkers(Echo(), finished)
-        assert dict(workers.log_likelihoods(asked)) == {0: (-2.0, False), 1: (-1.0, False), 2: (-2.0, False)}
-        assert dict(workers.generate(texts)) == {0: "[1] 0\u2028", 1: "[1] 1\u2028", 2: "[1] 0\u2028"}
-        assert workers.workers.asked == [*asked[:2], *texts[:2]]
+        first = {0: (-2.0, False, True), 1: (-1.0, False, True), 2: (-2.0, False, True)}
+        assert dict(workers.log_likelihoods(asked)) == first
+        assert dict(workers.rolling_log_likelihoods(["ab", "ab"])) == {0: -2.0, 1: -2.0}
+        assert dict(workers.generate(texts)) == continued
+        assert workers.workers.asked == [*asked[:2], "ab", *texts[:2]]
     (name,) = (tmp_path / "f").iterdir()
     name.write_text(name.read_text()[:-4])
     with FinishedItems(str(tmp_path / "f")) as finished:
         workers = CachedWorkers(Echo(), finished)
-        assert dict(workers.log_likelihoods(asked))[1] == (-1.0, False)
-        assert dict(workers.generate(texts)) == {0: "[1] 0\u2028", 1: "[1] 1\u2028", 2: "[1] 0\u2028"}
+        assert dict(workers.log_likelihoods(asked)) == first
+        assert dict(workers.rolling_log_likelihoods(["ab"])) == {0: -2.0}
+        assert dict(workers.generate(texts)) == continued
         assert len(workers.workers.asked) == 1
         other = CachedWorkers(Echo(), finished)
-        list(other.generate([([1], ["\n\n"], texts[0][2])]))  # ends elsewhere
+        list(other.generate([("a", ["\n\n"], texts[0][2])]))  # ends elsewhere
         assert len(other.workers.asked) == 1
 
 
@@ -257,10 +264,16 @@ def test_a_task_that_fails_is_named_and_the_others_go_on(workspace, data, monkey
 
 
 def test_requests_longer_than_the_model_reads_are_told(workspace, data, monkeypatch, caplog):
-    whole = Model.facts
-    monkeypatch.setattr(Model, "facts", lambda self: dataclasses.replace(whole(self), max_length=60))
+    whole = Model.__init__
+
+    def shorter(self, *args):
+        whole(self, *args)
+        self.workers.max_length = 60
+
+    monkeypatch.setattr(Model, "__init__", shorter)
+    shutil.rmtree(f"{workspace}/evals")  # other tests asked the same of a model that reads more
     results = evaluate.run(job(workspace, data, tasks="mmlu_anatomy", limit=2))
-    told = "8 of 8 requests were longer than max_seq_len 60"
+    told = "8 of 8 requests were longer than max_seq_len 640"
     assert results["cut"] == {"mmlu_anatomy": told}
     assert f"task mmlu_anatomy: {told}; their beginnings were cut" in caplog.text
 
@@ -398,10 +411,12 @@ def test_tasks_of_checkpoints_are_checked_before_training_begins(workspace, data
 def test_copies_in_actors_answer_as_one_does_and_survive_a_loss(workspace, ray_session, monkeypatch):
     monkeypatch.setattr(eval_workers, "_SMALLEST", 2)
     settings = EvaluateJob(workspace=workspace)
-    requests = [([1, 2, 3 + i % 5], [7 + i]) for i in range(40)]
-    texts = [([5, 6 + i], ["\n"], Sampling(8)) for i in range(6)]
+    text = test_trained_run.TEXT
+    requests = [(f"The house {i % 5} is", f" old {i}") for i in range(40)]
+    texts = [(text[i : i + 9], ["\n"], Sampling(8)) for i in range(6)]
     model = Model(settings, "cpu")
     expected = dict(model.log_likelihoods(requests)), dict(model.generate(texts))
+    whole = dict(model.rolling_log_likelihoods([text[i:] for i in range(5)]))
     kind = ray_session.remote(ModelActor).options(num_cpus=0.5, max_restarts=3)
     actors = [kind.remote(settings, "cpu") for _ in range(2)]
     many = ManyModels(actors)
@@ -417,6 +432,9 @@ def test_copies_in_actors_answer_as_one_does_and_survive_a_loss(workspace, ray_s
         for index, value in found.items():
             assert value[0] == pytest.approx(expected[0][index][0], abs=1e-5)
         assert dict(many.generate(texts)) == expected[1]
+        assert dict(many.rolling_log_likelihoods([text[i:] for i in range(5)])) == pytest.approx(whole, abs=1e-5)
+        with pytest.raises(ValueError, match="a continuation has 0 tokens"):
+            list(many.log_likelihoods([("a", "")]))
     finally:
         for actor in actors:
             ray_session.kill(actor)

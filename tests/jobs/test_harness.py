@@ -1,5 +1,6 @@
 """The harness's LM class against the harness's own backend for transformers, on the exported model."""
 
+import copy
 import random
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 
-from jobs.harness import Encoder, IngotLM, LocalWorkers
+from jobs.encoder import Encoder
+from jobs.harness import IngotLM
+from jobs.local_workers import LocalWorkers
 from models.config import ModelConfig
 from models.generate import Sampling, generate
 from models.hugging_face import save_pretrained
@@ -64,7 +67,7 @@ def theirs(trained, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(trained, tokenizer):
-    return IngotLM(LocalWorkers(trained, tokens_per_batch=400, slots=3), tokenizer, LENGTH)
+    return IngotLM(LocalWorkers(trained, tokens_per_batch=400, slots=3), LENGTH)
 
 
 def instances(*arguments):
@@ -93,14 +96,18 @@ def test_log_likelihoods_and_greedy_flags_are_those_of_the_harness_backend(ours,
     torch.testing.assert_close([x for x, _ in got], [x for x, _ in reference], rtol=0, atol=1e-4)
 
 
-def test_the_likeliest_continuations_are_known_for_such(trained, ours, theirs):
-    contexts = [[5, 7, 11], [100, 50], [33] * 20]
-    likeliest = [list(generate(trained.model, c, max_new_tokens=6, temperature=0)) for c in contexts]
-    requests = [(None, c, more[:n]) for c, more in zip(contexts, likeliest, strict=True) for n in (1, 6)]
-    requests += [(None, c, [*more[:3], more[3] ^ 1, *more[4:]]) for c, more in zip(contexts, likeliest, strict=True)]
-    got = ours._loglikelihood_tokens(requests)
-    assert [flag for _, flag in got] == [True] * 6 + [False] * 3
-    assert [flag for _, flag in theirs._loglikelihood_tokens(requests)] == [True] * 6 + [False] * 3
+def test_the_likeliest_continuations_are_known_for_such(trained, tokenizer, ours, theirs):
+    encode, rng, asked = Encoder(tokenizer), random.Random(8), []
+    for context in (a_text(rng, 5) for _ in range(40)):
+        before = encode(context)
+        more = next(generate(trained.model, before, max_new_tokens=1, temperature=0))
+        text = tokenizer.backend.decode([more], skip_special_tokens=False)
+        if encode(context + text) == [*before, more]:
+            asked += [(context, text), (context, "?" if text != "?" else "!")]
+    assert len(asked) >= 10
+    flags = [flag for _, flag in ours.loglikelihood(instances(*asked))]
+    assert flags == [True, False] * (len(asked) // 2)
+    assert flags == [flag for _, flag in theirs.loglikelihood(instances(*asked))]
 
 
 def test_rolling_log_likelihoods_are_those_of_the_harness_backend(ours, theirs):
@@ -127,22 +134,24 @@ def test_greedy_texts_are_those_of_the_harness_backend(ours, theirs):
     assert len(set(got)) > len(got) // 2  # else equality would say little
 
 
-def test_texts_end_before_the_token_that_ends_texts(tokenizer, trained, ours):
-    tokens = list(generate(trained.model, ours.tok_encode("the cat"), max_new_tokens=8, temperature=0))
+def test_texts_end_before_the_token_that_ends_texts(tokenizer, trained):
+    tokens = list(generate(trained.model, Encoder(tokenizer)("the cat"), max_new_tokens=8, temperature=0))
     at = next(i for i, token in enumerate(tokens) if i and token not in tokens[:i])
-    ending = IngotLM(ours.workers, tokenizer, LENGTH, eot_id=tokens[at])
+    other = copy.copy(tokenizer)
+    other.eot_id = tokens[at]
+    ending = IngotLM(LocalWorkers(SimpleNamespace(**vars(trained) | {"tokenizer": other})), LENGTH)
     expected = tokenizer.backend.decode(tokens[:at])
     assert ending.generate_until(instances(("the cat", {"max_gen_toks": 8}))) == [expected]
 
 
 def test_requests_whose_beginnings_are_cut_are_counted(tokenizer, ours):
-    lm = IngotLM(ours.workers, tokenizer, LENGTH)
-    context = [5] * LENGTH
-    lm._loglikelihood_tokens([(None, context, [7]), (None, context, [7, 8]), (None, context[1:], [7, 8])])
+    lm, encode = IngotLM(ours.workers, LENGTH), Encoder(tokenizer)
+    context, one = "x" * LENGTH, "x"
+    assert [len(encode(text)) for text in (context, one)] == [LENGTH, 1]
+    lm.loglikelihood(instances((context, one), (context, one * 2), (context[1:], one * 2)))
     assert (lm.cut, lm.asked) == (1, 3)
     for tokens, cut in ((LENGTH - 4, 1), (LENGTH - 3, 2)):
-        text = tokenizer.decode([tokenizer.encode("x")[0]] * tokens)
-        assert len(lm.tok_encode(text)) == tokens
+        text = "x" * tokens
         lm.generate_until(instances((text, {"max_gen_toks": 4})))
         assert lm.cut == cut
     lm.loglikelihood_rolling(instances((text * 2,)))  # in windows, of which none is cut
@@ -151,15 +160,15 @@ def test_requests_whose_beginnings_are_cut_are_counted(tokenizer, ours):
 
 def test_texts_up_to_the_last_place_of_the_context(trained):
     sampling = Sampling(LENGTH - 19)  # the last token is not read
-    ((_, text),) = LocalWorkers(trained).generate([([5] * 20, [], sampling)])
-    tokens = generate(trained.model, [5] * 20, max_new_tokens=LENGTH - 19, temperature=0)
+    ((_, (text, _)),) = LocalWorkers(trained).generate([("x" * 19, [], sampling)])
+    tokens = generate(trained.model, Encoder(trained.tokenizer)("x" * 19), max_new_tokens=LENGTH - 19, temperature=0)
     assert text == trained.tokenizer.backend.decode(list(tokens))
 
 
 def test_texts_after_a_step_that_failed_are_the_same(trained):
-    workers, asked = LocalWorkers(trained), [(list(range(50, 80)), [], Sampling(8))]
+    workers, asked = LocalWorkers(trained), [(a_text(random.Random(9), 30), [], Sampling(8))]
     expected = list(LocalWorkers(trained).generate(asked))
-    list(workers.generate([([5] * 30, [], Sampling(8))]))
+    list(workers.generate([("x" * 30, [], Sampling(8))]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers._engine._decoder, "prompt", lambda *_: 1 / 0)  # such as no memory
         with pytest.raises(ZeroDivisionError):
@@ -191,7 +200,6 @@ def test_encoding_by_lines_gives_the_ids_of_whole_texts(kind, begins):
         made.backend.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[special])
     encode = Encoder(made)
     assert encode.by_lines
-    lm = IngotLM(None, made, LENGTH)
     reference = type(made.backend).from_str(made.backend.to_str())
     pieces = [
         "a",
@@ -213,8 +221,8 @@ def test_encoding_by_lines_gives_the_ids_of_whole_texts(kind, begins):
     ]
     for _ in range(1000):
         text = "".join(rng.choices([*pieces, "x\nY", "\x1c", "漢", "<|endoftext|>"], k=rng.randint(1, 14)))
-        assert encode(text, True).tolist() == reference.encode(text).ids
+        assert encode(text) == reference.encode(text, add_special_tokens=not text.startswith("<|endoftext|>")).ids
         context, continuation = "?" + text[: len(text) // 2].rstrip(), text[len(text) // 2 :]
-        before, after = lm._encode_pair(context, continuation)
+        ((before, after),) = encode.pairs([(context, continuation)])
         assert before.tolist() == reference.encode(context).ids
         assert after == reference.encode(context + continuation).ids[len(before) :]
