@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import queue
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ingot")
 
-_SMALLEST = 256  # continuations that an actor gets at least; fewer keep a GPU busy for too short
+_SMALLEST = 512  # continuations that an actor gets at least; fewer keep a GPU busy for too short
+_LARGEST = 4096  # items that it gets at most, if it gets several shares: it begins when their text is encoded
 _AT_ONCE = 2  # shares that an actor has: while it computes one, it encodes the text of another
 _MOST_LOST = 3  # times that one actor may be lost before it is given up
 _REPLY_EVERY = 0.5  # seconds between two replies of an actor at work
@@ -153,6 +155,8 @@ class ModelActor:
 
     def __init__(self, settings: EvaluateJob, device: str) -> None:
         self.model = Model(settings, device)
+        gc.collect()
+        gc.freeze()  # to look through all modules for garbage takes a third of a second each time
 
     def facts(self) -> Facts:
         """Of the model."""
@@ -268,7 +272,7 @@ class _Share:
             if not self.left or self.closed:
                 return None
             first = self.left.pop()
-            size = max(self.smallest, (len(first) + sum(map(len, self.left))) // self.parts)
+            size = max(self.smallest, min(_LARGEST, (len(first) + sum(map(len, self.left))) // self.parts))
             if first[size:]:
                 self.left.append(first[size:])
             self.held += 1

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -66,13 +67,14 @@ class IngotLM(LM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of continuations, given contexts."""
         asked = [request.args for request in requests]
-        return [tuple(scores) for *scores, _ in self._counted(self._all(self.workers.log_likelihoods(asked), asked))]
+        results = self._counted(_all(self.workers.log_likelihoods(asked)))
+        return [(value, likeliest) for value, likeliest, _ in results]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts."""
         texts = [text for (text,) in (request.args for request in requests)]
         self.asked += len(texts)
-        return self._all(self.workers.rolling_log_likelihoods(texts), texts)
+        return _all(self.workers.rolling_log_likelihoods(texts))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts up to their tasks' stop strings, or the token that ends texts.
@@ -94,18 +96,22 @@ class IngotLM(LM):
                     f"{self.max_length}; ask for less with max_gen_toks"
                 )
             asked.append((text, until, sampling))
-        return [text for text, _ in self._counted(self._all(self.workers.generate(asked), asked))]
+        return [text for text, _ in self._counted(_all(self.workers.generate(asked)))]
 
     def _counted(self, results: list[Any]) -> list[Any]:
         self.asked += len(results)
         self.cut += sum(result[-1] for result in results)
         return results
 
-    @staticmethod
-    def _all(found: Iterator[tuple[int, Any]], asked: Sequence[Any]) -> list[Any]:
-        """Results in the order of the requests."""
+
+def _all(found: Iterator[tuple[int, Any]]) -> list[Any]:
+    """Results in the order of the requests."""
+    gc.freeze()  # the harness's documents are many, and looked through for garbage again and again
+    try:
         results = dict(found)
-        return [results[index] for index in range(len(asked))]
+    finally:
+        gc.unfreeze()
+    return [results[index] for index in range(len(results))]
 
 
 def _sampling(settings: dict[str, Any], seed: int = 0) -> tuple[list[str], Sampling]:
