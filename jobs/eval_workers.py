@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import math
 import queue
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.eval_validation import validation
-from jobs.local_workers import LocalWorkers
+from jobs.local_workers import LocalWorkers, heap_at_rest
 from jobs.session import ray_session
 from jobs.settings import EvaluateJob
 from jobs.trained import Trained, load
@@ -155,8 +154,6 @@ class ModelActor:
 
     def __init__(self, settings: EvaluateJob, device: str) -> None:
         self.model = Model(settings, device)
-        gc.collect()
-        gc.freeze()  # to look through all modules for garbage takes a third of a second each time
 
     def facts(self) -> Facts:
         """Of the model."""
@@ -169,11 +166,12 @@ class ModelActor:
     def work(self, kind: str, requests: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
         """What the method ``kind`` of the model gives, several results at a time."""
         ready, told = [], time.monotonic()
-        for result in getattr(self.model, kind)(requests):
-            ready.append(result)
-            if time.monotonic() - told > _REPLY_EVERY:
-                yield ready
-                ready, told = [], time.monotonic()
+        with heap_at_rest():
+            for result in getattr(self.model, kind)(requests):
+                ready.append(result)
+                if time.monotonic() - told > _REPLY_EVERY:
+                    yield ready
+                    ready, told = [], time.monotonic()
         if ready:
             yield ready
 

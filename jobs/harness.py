@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lm_eval.api.model import LM
+
+from jobs.local_workers import heap_at_rest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -106,11 +107,8 @@ class IngotLM(LM):
 
 def _all(found: Iterator[tuple[int, Any]]) -> list[Any]:
     """Results in the order of the requests."""
-    gc.freeze()  # the harness's documents are many, and looked through for garbage again and again
-    try:
+    with heap_at_rest():
         results = dict(found)
-    finally:
-        gc.unfreeze()
     return [results[index] for index in range(len(results))]
 
 

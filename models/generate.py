@@ -336,8 +336,8 @@ class Engine:
 
 
 def slots_that_fit(model: Transformer, length: int, *, on_cuda: int = 128, on_cpu: int = 16) -> int:
-    """How many texts of `length` tokens to continue at once: as half of a GPU's free memory holds, or a quarter of the
-    machine's.
+    """How many texts of `length` tokens to continue at once: as a quarter of the machine's memory holds, or on a GPU
+    half of what is free, more where that leaves 16 GiB for prompts that are read.
 
     Args:
         model: where it is going to be used.
@@ -348,7 +348,8 @@ def slots_that_fit(model: Transformer, length: int, *, on_cuda: int = 128, on_cp
     device = model.tok_embeddings.weight.device
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what earlier work took and let go of
-        most, room = on_cuda, torch.cuda.mem_get_info(device)[0] // 2
+        free = torch.cuda.mem_get_info(device)[0]
+        most, room = on_cuda, max(free // 2, free - 2**34)
     else:
         most, room = on_cpu, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     config, dtype = model.config, model.compute_dtype or model.tok_embeddings.weight.dtype
