@@ -147,9 +147,10 @@ def generation_content(trained: Trained) -> dict[str, Any]:
     """What ``generation_config.json`` says: greedy, and never an id that the tokenizer does not have."""
     tokenizer, rows = trained.tokenizer, trained.model.config.vocab_size
     unused = list(range(tokenizer.vocab_size, rows))
+    others = sorted(trained.ends - {tokenizer.eot_id})
     return {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eot_id,
+        "eos_token_id": [tokenizer.eot_id, *others] if others else tokenizer.eot_id,
         "pad_token_id": tokenizer.pad_id,
         "do_sample": False,
         **({"suppress_tokens": unused} if unused else {}),

@@ -93,7 +93,7 @@ def text(trained: Trained, settings: GenerateJob) -> Iterator[str]:
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=settings.seed,
-            stop={tokenizer.eot_id},
+            stop=trained.ends,
             vocab_size=tokenizer.vocab_size,
         )
     except ValueError as error:

@@ -200,7 +200,7 @@ def _continue(asked: Asked, device: str, write: Write) -> None:
         # a seed for each, which depends neither on the others nor on what a run before had finished
         sampling = Sampling(
             settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed + i,
-            frozenset({tokenizer.eot_id}),
+            trained.ends,
         )  # fmt: skip
         number = engine.submit(prompts[i], sampling)
         numbers[number], texts[number] = i, []

@@ -131,15 +131,14 @@ class LocalWorkers:
         """
         if not requests:
             return
-        eot = self.trained.tokenizer.eot_id
         with self._encoding:
             prompts = self._encoder.many([(prompt, self._encoder.begins(prompt)) for prompt, _, _ in requests])
-            end = self._encoder.written(eot)
+            end = self._encoder.written(self.trained.tokenizer.eot_id)
         asked: list[tuple[np.ndarray, list[str], Sampling]] = []
         for prompt, (_, until, sampling) in zip(prompts, requests, strict=True):
             room = self.max_length - sampling.max_new_tokens
             ends = [*until, *([] if end in until else [end])]
-            asked.append((prompt[-room:], ends, replace(sampling, stop=frozenset([eot]))))
+            asked.append((prompt[-room:], ends, replace(sampling, stop=self.trained.ends)))
         with self._computing:
             for index, text in self._continued(asked):
                 yield index, (text, len(prompts[index]) > len(asked[index][0]))

@@ -18,7 +18,7 @@ log = logging.getLogger("ingot")
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # what is read of a repository: it may hold the same weights in other forms too
-_SMALL = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+_SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 _FILES = [*_SMALL, "model*.safetensors", "model.safetensors.index.json"]
 _WHOLE = 1 << 26  # bytes up to which a file of weights is hashed whole
 _SAMPLES = 64  # pieces of a larger one that are hashed
@@ -71,6 +71,13 @@ def eos_id(content: dict[str, Any]) -> int | None:
     return eos[0] if isinstance(eos, list) else eos
 
 
+def end_ids(folder: str, content: dict[str, Any]) -> list[int]:
+    """The tokens that end a text by a model's generation_config.json, or else by its config.json."""
+    generation = storage.json_if_there(storage.join(folder, "generation_config.json")) or {}
+    eos = generation.get("eos_token_id", content.get("eos_token_id"))
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
 def open_model(folder: str, setting: str = "model") -> Pretrained:
     """The model in a folder: its shape, and weights to be read.
 
@@ -93,12 +100,12 @@ def open_model(folder: str, setting: str = "model") -> Pretrained:
 
 
 def fingerprint(folder: str, model: Pretrained) -> str:
-    """A hash that differs where shape, weights or tokenizer do.
+    """A hash that differs where shape, weights, tokenizer or what ends texts do.
 
     Large files are hashed by their size, their header and pieces from all over them: training moves every weight.
     """
     digest = xxhash.xxh3_128()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         uri = storage.join(folder, name)
         digest.update(storage.read_bytes(uri) if storage.exists(uri) else b"")
     for name in model.files:

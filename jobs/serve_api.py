@@ -278,7 +278,7 @@ class Api:
                     # an empty nucleus is the likeliest token alone
                     top_p=max(asked.top_p, 1e-9),
                     seed=seed + len(texts),
-                    stop=frozenset({tokenizer.eot_id}),
+                    stop=self.trained.ends,
                     top=asked.logprobs or 0,
                 )
                 texts.append((ids, sampling, text))

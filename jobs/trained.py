@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
-from jobs.model_folder import eos_id, fingerprint, model_folder, open_model
+from jobs.model_folder import end_ids, eos_id, fingerprint, model_folder, open_model
 from jobs.run_folder import StoredRun
 from jobs.settings import OfRun, SettingsError
 from pipelines import storage
@@ -35,6 +35,7 @@ class Trained:
     Attributes:
         model: on the GPU in bf16 when there is one, else on the CPU in fp32; in evaluation mode.
         tokenizer: that the model's tokens were made with.
+        ends: ids that end a text; a model that was trained to talk may have several.
         step: of the checkpoint; None for a model that is no run's.
         device: where the model is.
         name: of the run, or of the model's folder or repository.
@@ -44,6 +45,7 @@ class Trained:
 
     model: Transformer
     tokenizer: Tokenizer
+    ends: frozenset[int]
     step: int | None
     device: torch.device
     name: str
@@ -63,10 +65,10 @@ def load(settings: OfRun, device: str | None = None) -> Trained:
     from models.parallel import parallelize
 
     load_one = _load_run if settings.model is None else _load_model
-    model, tokenizer, step, name, made_of = load_one(settings)
+    model, tokenizer, ends, step, name, made_of = load_one(settings)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     masked = settings.model is None and find(settings)[1].get("settings", {}).get("mask_documents", False)
-    return Trained(parallelize(model, None, where).eval(), tokenizer, step, where, name, made_of, masked)
+    return Trained(parallelize(model, None, where).eval(), tokenizer, ends, step, where, name, made_of, masked)
 
 
 def located(settings: Settings) -> Settings:
@@ -120,7 +122,7 @@ def _fingerprint_of(folder: StoredRun, facts: dict[str, Any], entry: Entry) -> s
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
-def _load_run(settings: OfRun) -> tuple[Transformer, Tokenizer, int, str, str]:
+def _load_run(settings: OfRun) -> tuple[Transformer, Tokenizer, frozenset[int], int, str, str]:
     from models.config import ModelConfig
     from models.training.checkpoints import load_weights
     from models.transformer import Transformer
@@ -139,10 +141,11 @@ def _load_run(settings: OfRun) -> tuple[Transformer, Tokenizer, int, str, str]:
         load_weights(folder, entry.folder, model)
     except ValueError as error:
         raise SettingsError(f"step is {entry.step}; {error}") from None
-    return model, tokenizer, entry.step, settings.name, _fingerprint_of(folder, facts, entry)
+    fingerprint_ = _fingerprint_of(folder, facts, entry)
+    return model, tokenizer, frozenset([tokenizer.eot_id]), entry.step, settings.name, fingerprint_
 
 
-def _load_model(settings: OfRun) -> tuple[Transformer, Tokenizer, None, str, str]:
+def _load_model(settings: OfRun) -> tuple[Transformer, Tokenizer, frozenset[int], None, str, str]:
     from models.transformer import Transformer
 
     folder = model_folder(settings.model)
@@ -156,7 +159,8 @@ def _load_model(settings: OfRun) -> tuple[Transformer, Tokenizer, None, str, str
         model.read_weights(pretrained.tensors)
     except ValueError as error:
         raise SettingsError(f"model is {settings.model!r}; {error}") from None
-    return model, tokenizer, None, model_name(settings.model), fingerprint(folder, pretrained)
+    ends = frozenset([tokenizer.eot_id, *end_ids(folder, pretrained.content)])
+    return model, tokenizer, ends, None, model_name(settings.model), fingerprint(folder, pretrained)
 
 
 def _checkpoint(folder: StoredRun, settings: OfRun) -> Entry:

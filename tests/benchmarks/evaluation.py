@@ -151,7 +151,8 @@ def make(shape: str, data_dir: str, folder: str, device: str, kind: str, precisi
     }
     Path(folder, "tokenizer_config.json").write_text(json.dumps(content), "utf-8")
     model = parallelize(model, None, device, precision=precision).eval()
-    return SimpleNamespace(model=model, tokenizer=tokenizer, device=torch.device(device), folder=folder, dtype=dtype)
+    ends, where = frozenset([tokenizer.eot_id]), torch.device(device)
+    return SimpleNamespace(model=model, tokenizer=tokenizer, ends=ends, device=where, folder=folder, dtype=dtype)
 
 
 def ours(trained: Any) -> Any:

@@ -1,6 +1,5 @@
 """The harness's LM class against the harness's own backend for transformers, on the exported model."""
 
-import copy
 import random
 from types import SimpleNamespace
 
@@ -43,7 +42,8 @@ def trained(tokenizer):
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)  # so that the likeliest token changes along a text
-    return SimpleNamespace(model=model.eval(), tokenizer=tokenizer, device=torch.device("cpu"))
+    ends = frozenset([tokenizer.eot_id])
+    return SimpleNamespace(model=model.eval(), tokenizer=tokenizer, ends=ends, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +137,8 @@ def test_greedy_texts_are_those_of_the_harness_backend(ours, theirs):
 def test_texts_end_before_the_token_that_ends_texts(tokenizer, trained):
     tokens = list(generate(trained.model, Encoder(tokenizer)("the cat"), max_new_tokens=8, temperature=0))
     at = next(i for i, token in enumerate(tokens) if i and token not in tokens[:i])
-    other = copy.copy(tokenizer)
-    other.eot_id = tokens[at]
-    ending = IngotLM(LocalWorkers(SimpleNamespace(**vars(trained) | {"tokenizer": other})), LENGTH)
+    ends = frozenset([tokenizer.eot_id, tokens[at]])
+    ending = IngotLM(LocalWorkers(SimpleNamespace(**vars(trained) | {"ends": ends})), LENGTH)
     expected = tokenizer.backend.decode(tokens[:at])
     assert ending.generate_until(instances(("the cat", {"max_gen_toks": 8}))) == [expected]
 

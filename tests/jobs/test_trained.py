@@ -9,8 +9,10 @@ import torch
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from jobs.export import generation_content
 from jobs.settings import OfRun, SettingsError
 from jobs.trained import load, located
+from models.generate import generate
 
 TEXT = "The house is old, and the river is wide.\n  Größe, café, 東京 🙂 <|end|> don't 12345"
 
@@ -104,6 +106,24 @@ def test_the_token_that_ends_texts_may_stand_in_the_models_configuration(tmp_pat
         path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
     with pytest.raises(ValueError, match=r"tokenizer_config.json: eos_token is missing"):
         load(OfRun(model=str(tmp_path)))
+
+
+def test_texts_end_with_the_tokens_that_the_generation_config_names(tmp_path):
+    size = byte_level(tmp_path, eos_token="<|end|>")
+    make_model(tmp_path, vocab_size=size)
+    first, path = load(OfRun(model=str(tmp_path))), tmp_path / "generation_config.json"
+    prompt = [5, 9, 11]
+    text = list(generate(first.model, prompt, max_new_tokens=20, temperature=0))
+    at = next(i for i, token in enumerate(text) if i > 2 and token not in text[:i])
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [size - 1, text[at]]}))
+    trained = load(OfRun(model=str(tmp_path)))
+    assert trained.ends == {trained.tokenizer.eot_id, size - 1, text[at]}
+    assert trained.fingerprint != first.fingerprint
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path))
+    reference = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
+    mine = list(generate(trained.model, prompt, max_new_tokens=20, temperature=0, stop=trained.ends))
+    assert [*mine, text[at]] == reference
+    assert generation_content(trained)["eos_token_id"] == [trained.tokenizer.eot_id, *sorted({size - 1, text[at]})]
 
 
 def test_fingerprints_tell_weights_shapes_and_tokenizers_apart(tmp_path):
