@@ -36,6 +36,11 @@ def run(settings: FlowJob) -> None:
         TrainingStoppedError: training went back too often.
     """
     training = settings.pretrain
+    for scoring in (training.evaluate, settings.evaluate):  # days before it is asked for
+        if scoring.task_names():
+            from jobs import eval_tasks  # brings lm_eval, which takes seconds
+
+            eval_tasks.check(scoring)
     with ray_session(math.ceil(training.workers * training.cpus_per_worker)) as only_this_machine:
         if only_this_machine:
             pretrain.require_gpus(training)

@@ -75,6 +75,15 @@ def test_steps_of_other_workspaces_and_runs_are_refused(recipe):
             checked(cli.parse("flow", ["--config", str(recipe), option, "x"]))
 
 
+@pytest.mark.parametrize("section", ["evaluate", "pretrain.evaluate"])
+def test_a_task_that_does_not_exist_is_refused_before_anything_is_done(recipe, monkeypatch, section):
+    monkeypatch.setattr(flow, "ray_session", None)  # nothing is started
+    every = ["--pretrain.evaluate.every_steps", "3"] if section == "pretrain.evaluate" else []
+    settings = cli.parse("flow", ["--config", str(recipe), f"--{section}.tasks", "mmlu_anatomie", *every])
+    with pytest.raises(SettingsError, match="'mmlu_anatomie'; the harness has no such task; near are"):
+        flow.run(settings)
+
+
 @pytest.mark.cluster
 def test_rays_own_submission_works_and_ours_goes_on_where_it_was_stopped(cluster, token, recipe, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
