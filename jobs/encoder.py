@@ -1,4 +1,8 @@
-"""Text to the token ids that evaluation is about: those that lm-evaluation-harness's own backend gives, only sooner."""
+"""Text to the token ids that evaluation is about: those that lm-evaluation-harness's own backend gives, only sooner.
+
+Special tokens that are written out in a text are control, as for ``transformers`` by default; that backend takes them
+for text where an exported tokenizer says so (``split_special_tokens``).
+"""
 
 from __future__ import annotations
 
@@ -41,6 +45,18 @@ class Encoder:
         self.prefix_id = tokenizer.bos_id
         self._prefix = self.written(self.prefix_id)
 
+    def written(self, token: int) -> str:
+        """A token as text, special ones too."""
+        return self.text([token])
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, with special tokens."""
+        return self._backend.decode(list(tokens), skip_special_tokens=False)
+
+    def texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of whole texts, int32."""
+        return self._many([(text, self._begins(text)) for text in texts])
+
     def pairs(self, requests: Sequence[tuple[str, str]]) -> list[tuple[np.ndarray, list[int]]]:
         """Ids of contexts, int32, and of their continuations.
 
@@ -62,13 +78,13 @@ class Encoder:
                 end = self._last_cut(last)
                 tail, head, at = last[end:], len(texts), len(texts) + (end > 0)
                 if end:
-                    texts.append((last[:end], self.begins(last)))
+                    texts.append((last[:end], self._begins(last)))
                 # special tokens are added to the beginning alone
-                texts.append((tail, not end and self.begins(last)))
+                texts.append((tail, not end and self._begins(last)))
             places.append((head, at, len(texts)))
             whole = tail + context[size:] + continuation
-            texts.append((whole, not end and self.begins(whole)))
-        ids = self.many(texts)
+            texts.append((whole, not end and self._begins(whole)))
+        ids = self._many(texts)
         found: list[tuple[np.ndarray, list[int]]] = []
         known: tuple[int, np.ndarray] = (-1, self._before)
         for head, at, whole in places:
@@ -84,15 +100,11 @@ class Encoder:
             found.append((known[1], ids[whole][len(ids[at]) :].tolist()))
         return found
 
-    def begins(self, text: str) -> bool:
+    def _begins(self, text: str) -> bool:
         """Whether the tokenizer's special tokens are added to a text: not where they are written out."""
         return not text.startswith(self._prefix)
 
-    def __call__(self, text: str) -> list[int]:
-        """Ids of one text."""
-        return self.many([(text, self.begins(text))])[0].tolist()
-
-    def many(self, texts: Sequence[tuple[str, bool]]) -> list[np.ndarray]:
+    def _many(self, texts: Sequence[tuple[str, bool]]) -> list[np.ndarray]:
         """Ids of texts, int32, of each with those that the tokenizer adds where it says so; on all cores."""
         if not self.by_lines:
             return self._whole(texts)
@@ -117,9 +129,11 @@ class Encoder:
         found: list[np.ndarray] = [self._before] * len(texts)
         for flag in (False, True):
             places = [place for place, (_, special) in enumerate(texts) if special == flag]
-            ids = self._backend.encode_batch_fast([texts[place][0] for place in places], add_special_tokens=flag)
-            for place, one in zip(places, ids, strict=True):
-                found[place] = np.array(one.ids, np.int32)
+            for start in range(0, len(places), _TEXTS_TOGETHER):
+                some = places[start : start + _TEXTS_TOGETHER]
+                ids = self._backend.encode_batch_fast([texts[place][0] for place in some], add_special_tokens=flag)
+                for place, one in zip(some, ids, strict=True):
+                    found[place] = np.array(one.ids, np.int32)
         return found
 
     def _each(self, lines: list[str]) -> dict[str, list[int]]:
@@ -139,14 +153,6 @@ class Encoder:
             end = text.rfind("\n", 0, end)
         return 0
 
-    def written(self, token: int) -> str:
-        """A token as text, special ones too."""
-        return self.text([token])
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, with special tokens."""
-        return self._backend.decode(list(tokens), skip_special_tokens=False)
-
 
 def _ids(lines: list[str], known: dict[str, list[int]]) -> np.ndarray:
     ids: list[int] = []
@@ -155,7 +161,7 @@ def _ids(lines: list[str], known: dict[str, list[int]]) -> np.ndarray:
     return np.array(ids, np.int32)
 
 
-_LINES_TOGETHER = 1 << 14
+_LINES_TOGETHER, _TEXTS_TOGETHER = 1 << 14, 1 << 10  # what the backend says of each takes much memory
 _CUT = re.compile(r"(?<=[!-~]\n)(?=[A-Za-z])")
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ingot")
 
 MEANING = 2
-"""Of the same request: to be raised when what scores or continues texts comes to another answer than it did before."""
+"""Of a request: to be raised when what encodes, scores or continues texts comes to another answer than before."""
 
 _REMOTE_EVERY = 20.0  # seconds between the objects that are written where files cannot grow
 _TOLD_EVERY = 10.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import queue
@@ -201,14 +202,24 @@ class ManyModels:
     def _first(self) -> tuple[Any, Any]:
         """An actor that is there, and what it knows of the model."""
         import ray
+        from ray.exceptions import RayActorError
 
         asked = {actor.facts.remote(): actor for actor in self.actors}
-        (answer, *_), _ = ray.wait(list(asked))
-        return asked[answer], answer
+        while True:
+            (answer, *_), others = ray.wait(list(asked))
+            try:
+                ray.get(answer)
+            except RayActorError:  # it could not be started; another one may
+                if not others:
+                    raise
+                del asked[answer]
+            else:
+                return asked[answer], answer
 
     def log_likelihoods(self, requests: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, bool, bool]]]:
         """As of ``Workers``."""
-        return self._spread("log_likelihoods", requests, _AT_ONCE, _SMALLEST)
+        smallest = min(_SMALLEST, math.ceil(len(requests) / len(self.actors)))
+        return self._spread("log_likelihoods", requests, _AT_ONCE, smallest)
 
     def rolling_log_likelihoods(self, texts: Sequence[str]) -> Iterator[tuple[int, float]]:
         """As of ``Workers``."""
@@ -224,8 +235,8 @@ class ManyModels:
         results: queue.SimpleQueue = queue.SimpleQueue()
         threads = [
             threading.Thread(target=_feed, args=(actor, kind, requests, share, results), daemon=True)
-            for actor in self.actors
             for _ in range(at_once)
+            for actor in self.actors
         ]
         for thread in threads:
             thread.start()
@@ -277,10 +288,12 @@ class _Share:
             return first[:size]
 
     def give_back(self, items: Sequence[int]) -> None:
-        """A share is done with, except for these items."""
+        """A share is done with, except for these items, in their order."""
         with self.changed:
             self.held -= 1
-            self.left += [range(item, item + 1) for item in items]
+            for _, run in itertools.groupby(enumerate(items), lambda pair: pair[1] - pair[0]):  # neighbours
+                own = [item for _, item in run]
+                self.left.append(range(own[0], own[-1] + 1))
             self.changed.notify_all()
 
     def close(self) -> None:
@@ -294,12 +307,16 @@ def _wait_for(actor: Any, share: _Share) -> None:
     import ray
     from ray.exceptions import ActorUnavailableError
 
-    there = False
-    while not there and not share.closed:
+    answer = actor.__ray_ready__.remote()
+    while not share.closed:
+        if not ray.wait([answer], timeout=1.0)[0]:  # there may be no room for it
+            continue
         try:
-            there = ray.get(actor.__ray_ready__.remote())
+            ray.get(answer)
+            break
         except ActorUnavailableError:  # it is being started again
             time.sleep(_LOOK_EVERY)
+            answer = actor.__ray_ready__.remote()
 
 
 def _feed(actor: Any, kind: str, requests: Sequence[Any], share: _Share, results: queue.SimpleQueue) -> None:
@@ -330,7 +347,9 @@ def _feed(actor: Any, kind: str, requests: Sequence[Any], share: _Share, results
             if left:
                 _wait_for(actor, share)
     except RayTaskError as failure:
-        error = failure.cause
+        error = failure.cause or failure
+        if error is not failure:
+            error.__cause__ = failure  # says where it was
     except Exception as failure:
         error = failure
     if error is not None and not share.closed:  # the others may go on, and all end well

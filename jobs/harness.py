@@ -26,7 +26,7 @@ MAX_GEN_TOKS = 256
 class Workers(Protocol):
     """Who does the work, from text to results, which come as they are ready, each with the index of its request.
 
-    Both kinds of results but the second end with whether the request was longer than the model can read, so that its
+    Results of the first and the last kind end with whether the request was longer than the model can read, so that its
     beginning was left out.
     """
 
@@ -68,14 +68,14 @@ class IngotLM(LM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of continuations, given contexts."""
         asked = [request.args for request in requests]
-        results = self._counted(_all(self.workers.log_likelihoods(asked)))
+        results = self._counted(_all(self.workers.log_likelihoods(asked), len(asked)))
         return [(value, likeliest) for value, likeliest, _ in results]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts."""
         texts = [text for (text,) in (request.args for request in requests)]
         self.asked += len(texts)
-        return _all(self.workers.rolling_log_likelihoods(texts))
+        return _all(self.workers.rolling_log_likelihoods(texts), len(texts))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts up to their tasks' stop strings, or the token that ends texts.
@@ -97,7 +97,7 @@ class IngotLM(LM):
                     f"{self.max_length}; ask for less with max_gen_toks"
                 )
             asked.append((text, until, sampling))
-        return [text for text, _ in self._counted(_all(self.workers.generate(asked)))]
+        return [text for text, _ in self._counted(_all(self.workers.generate(asked), len(asked)))]
 
     def _counted(self, results: list[Any]) -> list[Any]:
         self.asked += len(results)
@@ -105,11 +105,11 @@ class IngotLM(LM):
         return results
 
 
-def _all(found: Iterator[tuple[int, Any]]) -> list[Any]:
+def _all(found: Iterator[tuple[int, Any]], count: int) -> list[Any]:
     """Results in the order of the requests."""
     with heap_at_rest():
         results = dict(found)
-    return [results[index] for index in range(len(results))]
+    return [results[index] for index in range(count)]
 
 
 def _sampling(settings: dict[str, Any], seed: int = 0) -> tuple[list[str], Sampling]:

@@ -40,6 +40,8 @@ def heap_at_rest() -> Iterator[None]:
 class LocalWorkers:
     """As of ``jobs.harness.Workers``, in this process; while one call computes, that of another thread can encode.
 
+    A call computes until its results are read to the end or closed; the next one waits for that.
+
     Args:
         trained: the model and its tokenizer.
         tokens_per_batch: tokens that are scored together; None suits the device.
@@ -62,7 +64,8 @@ class LocalWorkers:
         """As of ``Workers``.
 
         Raises:
-            ValueError: a continuation is empty, or longer than the model's context.
+            ValueError: a continuation is empty, or longer than the model's context; or a context is white space alone,
+                and the tokenizer begins texts with nothing.
         """
         with self._encoding:
             asked, cut = self._fitting(self._encoder.pairs(requests))
@@ -76,9 +79,9 @@ class LocalWorkers:
         asked: list[Request] = []
         of: list[int] = []
         with self._encoding:
-            for index, text in enumerate(texts):
+            for index, ids in enumerate(self._encoder.texts(texts)):
                 windows = get_rolling_token_windows(
-                    token_list=self._encoder(text),
+                    token_list=ids.tolist(),
                     prefix_token=self._encoder.prefix_id,
                     max_seq_len=self.max_length,
                     context_len=1,
@@ -121,7 +124,17 @@ class LocalWorkers:
         from models.scoring import log_likelihoods
 
         with self._computing:
+            self._make_room()
             yield from log_likelihoods(self.trained.model, asked, tokens_per_batch=self.tokens_per_batch)
+
+    def _make_room(self) -> None:
+        """Let go of the engine where a GPU has not the memory for both."""
+        import torch
+
+        device = self.trained.device
+        if self._engine is not None and device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2**34:
+            self._engine = None
+            torch.cuda.empty_cache()
 
     def generate(self, requests: Sequence[TextRequest]) -> Iterator[tuple[int, tuple[str, bool]]]:
         """As of ``Workers``.
@@ -132,7 +145,7 @@ class LocalWorkers:
         if not requests:
             return
         with self._encoding:
-            prompts = self._encoder.many([(prompt, self._encoder.begins(prompt)) for prompt, _, _ in requests])
+            prompts = self._encoder.texts([prompt for prompt, _, _ in requests])
             end = self._encoder.written(self.trained.tokenizer.eot_id)
         asked: list[tuple[np.ndarray, list[str], Sampling]] = []
         for prompt, (_, until, sampling) in zip(prompts, requests, strict=True):

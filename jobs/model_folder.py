@@ -105,7 +105,7 @@ def fingerprint(folder: str, model: Pretrained) -> str:
     Large files are hashed by their size, their header and pieces from all over them: training moves every weight.
     """
     digest = xxhash.xxh3_128()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in _SMALL:
         uri = storage.join(folder, name)
         digest.update(storage.read_bytes(uri) if storage.exists(uri) else b"")
     for name in model.files:

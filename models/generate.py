@@ -349,6 +349,8 @@ def slots_that_fit(model: Transformer, length: int, *, on_cuda: int = 128, on_cp
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what earlier work took and let go of
         free = torch.cuda.mem_get_info(device)[0]
+        if model.compute_dtype not in (None, model.tok_embeddings.weight.dtype):  # the decoder's matrices are copies
+            free -= model.config.n_params() * model.compute_dtype.itemsize
         most, room = on_cuda, max(free // 2, free - 2**34)
     else:
         most, room = on_cpu, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

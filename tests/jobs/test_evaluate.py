@@ -1,6 +1,7 @@
 """Evaluations: lm_eval's own backend for transformers is the judge of scores, and its writer of files."""
 
 import csv
+import dataclasses
 import glob
 import gzip
 import itertools
@@ -264,16 +265,17 @@ def test_a_task_that_fails_is_named_and_the_others_go_on(workspace, data, monkey
 
 
 def test_requests_longer_than_the_model_reads_are_told(workspace, data, monkeypatch, caplog):
-    whole = Model.__init__
+    whole = Model.__init__, Model.facts
 
     def shorter(self, *args):
-        whole(self, *args)
+        whole[0](self, *args)
         self.workers.max_length = 60
 
     monkeypatch.setattr(Model, "__init__", shorter)
+    monkeypatch.setattr(Model, "facts", lambda self: dataclasses.replace(whole[1](self), max_length=60))
     shutil.rmtree(f"{workspace}/evals")  # other tests asked the same of a model that reads more
     results = evaluate.run(job(workspace, data, tasks="mmlu_anatomy", limit=2))
-    told = "8 of 8 requests were longer than max_seq_len 640"
+    told = "8 of 8 requests were longer than max_seq_len 60"
     assert results["cut"] == {"mmlu_anatomy": told}
     assert f"task mmlu_anatomy: {told}; their beginnings were cut" in caplog.text
 
@@ -417,7 +419,7 @@ def test_copies_in_actors_answer_as_one_does_and_survive_a_loss(workspace, ray_s
     model = Model(settings, "cpu")
     expected = dict(model.log_likelihoods(requests)), dict(model.generate(texts))
     whole = dict(model.rolling_log_likelihoods([text[i:] for i in range(5)]))
-    kind = ray_session.remote(ModelActor).options(num_cpus=0.5, max_restarts=3)
+    kind = ray_session.remote(ModelActor).options(num_cpus=0.5, max_restarts=3, max_concurrency=eval_workers._AT_ONCE)
     actors = [kind.remote(settings, "cpu") for _ in range(2)]
     many = ManyModels(actors)
     try:

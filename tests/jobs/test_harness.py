@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from tokenizers.normalizers import NFC
 from tokenizers.processors import TemplateProcessing
 
+from jobs import encoder
 from jobs.encoder import Encoder
 from jobs.harness import IngotLM
 from jobs.local_workers import LocalWorkers
@@ -70,6 +72,10 @@ def ours(trained, tokenizer):
     return IngotLM(LocalWorkers(trained, tokens_per_batch=400, slots=3), LENGTH)
 
 
+def ids(tokenizer, text):
+    return Encoder(tokenizer).texts([text])[0].tolist()
+
+
 def instances(*arguments):
     return [SimpleNamespace(args=a, task_name=None) for a in arguments]
 
@@ -97,12 +103,12 @@ def test_log_likelihoods_and_greedy_flags_are_those_of_the_harness_backend(ours,
 
 
 def test_the_likeliest_continuations_are_known_for_such(trained, tokenizer, ours, theirs):
-    encode, rng, asked = Encoder(tokenizer), random.Random(8), []
+    rng, asked = random.Random(8), []
     for context in (a_text(rng, 5) for _ in range(40)):
-        before = encode(context)
+        before = ids(tokenizer, context)
         more = next(generate(trained.model, before, max_new_tokens=1, temperature=0))
         text = tokenizer.backend.decode([more], skip_special_tokens=False)
-        if encode(context + text) == [*before, more]:
+        if ids(tokenizer, context + text) == [*before, more]:
             asked += [(context, text), (context, "?" if text != "?" else "!")]
     assert len(asked) >= 10
     flags = [flag for _, flag in ours.loglikelihood(instances(*asked))]
@@ -135,7 +141,7 @@ def test_greedy_texts_are_those_of_the_harness_backend(ours, theirs):
 
 
 def test_texts_end_before_the_token_that_ends_texts(tokenizer, trained):
-    tokens = list(generate(trained.model, Encoder(tokenizer)("the cat"), max_new_tokens=8, temperature=0))
+    tokens = list(generate(trained.model, ids(tokenizer, "the cat"), max_new_tokens=8, temperature=0))
     at = next(i for i, token in enumerate(tokens) if i and token not in tokens[:i])
     ends = frozenset([tokenizer.eot_id, tokens[at]])
     ending = IngotLM(LocalWorkers(SimpleNamespace(**vars(trained) | {"ends": ends})), LENGTH)
@@ -144,9 +150,9 @@ def test_texts_end_before_the_token_that_ends_texts(tokenizer, trained):
 
 
 def test_requests_whose_beginnings_are_cut_are_counted(tokenizer, ours):
-    lm, encode = IngotLM(ours.workers, LENGTH), Encoder(tokenizer)
+    lm = IngotLM(ours.workers, LENGTH)
     context, one = "x" * LENGTH, "x"
-    assert [len(encode(text)) for text in (context, one)] == [LENGTH, 1]
+    assert [len(ids(tokenizer, text)) for text in (context, one)] == [LENGTH, 1]
     lm.loglikelihood(instances((context, one), (context, one * 2), (context[1:], one * 2)))
     assert (lm.cut, lm.asked) == (1, 3)
     for tokens, cut in ((LENGTH - 4, 1), (LENGTH - 3, 2)):
@@ -160,7 +166,7 @@ def test_requests_whose_beginnings_are_cut_are_counted(tokenizer, ours):
 def test_texts_up_to_the_last_place_of_the_context(trained):
     sampling = Sampling(LENGTH - 19)  # the last token is not read
     ((_, (text, _)),) = LocalWorkers(trained).generate([("x" * 19, [], sampling)])
-    tokens = generate(trained.model, Encoder(trained.tokenizer)("x" * 19), max_new_tokens=LENGTH - 19, temperature=0)
+    tokens = generate(trained.model, ids(trained.tokenizer, "x" * 19), max_new_tokens=LENGTH - 19, temperature=0)
     assert text == trained.tokenizer.backend.decode(list(tokens))
 
 
@@ -220,8 +226,23 @@ def test_encoding_by_lines_gives_the_ids_of_whole_texts(kind, begins):
     ]
     for _ in range(1000):
         text = "".join(rng.choices([*pieces, "x\nY", "\x1c", "漢", "<|endoftext|>"], k=rng.randint(1, 14)))
-        assert encode(text) == reference.encode(text, add_special_tokens=not text.startswith("<|endoftext|>")).ids
+        special = not text.startswith("<|endoftext|>")
+        assert encode.texts([text])[0].tolist() == reference.encode(text, add_special_tokens=special).ids
         context, continuation = "?" + text[: len(text) // 2].rstrip(), text[len(text) // 2 :]
         ((before, after),) = encode.pairs([(context, continuation)])
         assert before.tolist() == reference.encode(context).ids
         assert after == reference.encode(context + continuation).ids[len(before) :]
+
+
+def test_where_lines_cannot_be_apart_texts_are_encoded_whole(monkeypatch):
+    monkeypatch.setattr(encoder, "_TEXTS_TOGETHER", 3)
+    rng = random.Random(0)
+    made = train_on_texts([a_text(rng, 500)], TokenizerSettings(vocab_size=350, reserved_tokens=0))
+    made.backend.normalizer = NFC()
+    encode = Encoder(made)
+    assert not encode.by_lines
+    reference = type(made.backend).from_str(made.backend.to_str())
+    texts = [a_text(rng, rng.randint(1, 20)) + "e\u0301" for _ in range(20)]
+    assert [found.tolist() for found in encode.texts(texts)] == [reference.encode(text).ids for text in texts]
+    for (before, after), text in zip(encode.pairs([(text, " yes") for text in texts]), texts, strict=True):
+        assert [*before.tolist(), *after] == reference.encode(text + " yes").ids

@@ -391,7 +391,7 @@ def test_prompts_that_are_scored_count_as_waiting(monkeypatch):
     stalled, engine = threading.Event(), OneToken()
     monkeypatch.setattr(serve_api, "prompt_scores", lambda *_: stalled.wait() and [])
     batcher, tokenizer = Batcher(engine), SimpleNamespace(vocab_size=9, bos_id=0, eot_id=0, token_bytes=lambda _: b"a")
-    trained = SimpleNamespace(name="base", tokenizer=tokenizer, model=None)
+    trained = SimpleNamespace(name="base", tokenizer=tokenizer, ends=frozenset({0}), model=None)
     api = Api(trained, batcher, b"", Limits(max_tokens=4, max_texts=8, max_waiting=2, max_bytes=100))
     body = b'{"prompt": [[1], [2]], "max_tokens": 0, "echo": true, "logprobs": 1}'
 
