@@ -132,7 +132,10 @@ class LocalWorkers:
         import torch
 
         device = self.trained.device
-        if self._engine is not None and device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2**34:
+        if self._engine is None or device.type != "cuda":
+            return
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
+        if torch.cuda.mem_get_info(device)[0] + kept < 2**34:
             self._engine = None
             torch.cuda.empty_cache()
 

@@ -5,7 +5,8 @@ import os
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are held against fp32 references
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more would spin against the workers on the same cores
+# more would spin against the workers on the same cores, and a process that is forked would wait for them for ever
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
