@@ -141,8 +141,8 @@ def _load_run(settings: OfRun) -> tuple[Transformer, Tokenizer, frozenset[int], 
         load_weights(folder, entry.folder, model)
     except ValueError as error:
         raise SettingsError(f"step is {entry.step}; {error}") from None
-    fingerprint_ = _fingerprint_of(folder, facts, entry)
-    return model, tokenizer, frozenset([tokenizer.eot_id]), entry.step, settings.name, fingerprint_
+    ends = frozenset([tokenizer.eot_id])
+    return model, tokenizer, ends, entry.step, settings.name, _fingerprint_of(folder, facts, entry)
 
 
 def _load_model(settings: OfRun) -> tuple[Transformer, Tokenizer, frozenset[int], None, str, str]:

@@ -9,7 +9,7 @@ output, the final norm and the head are computed where a token is asked for alon
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,9 @@ from models.transformer import Transformer, rotate
 
 # tokens whose wide activations exist at one time: on the CPU they stay in its cache, on a GPU they need not much memory
 _ROWS, _ROWS_ON_CPU = 16384, 1024
+
+_Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of a batch's tokens: queries, keys and values, (N, heads, head_dim) each, to (N, n_heads, head_dim)."""
 
 
 def log_likelihoods(
@@ -151,7 +154,7 @@ def _score(model: Transformer, weights: list[_Layer], head: Tensor, batch: Batch
 
 
 def _hidden(
-    model: Transformer, weights: list[_Layer], tokens: Tensor, positions: Tensor, asked: Tensor, attend: "_Attention"
+    model: Transformer, weights: list[_Layer], tokens: Tensor, positions: Tensor, asked: Tensor, attend: _Attention
 ) -> Tensor:
     """What the output layer reads after the tokens `asked`, (P, d_model)."""
     rotary = model.rotary[:, positions]
@@ -175,22 +178,12 @@ def _hidden(
     return model.last_norm(x, delta)
 
 
-def _attention(batch: Batch, like: Tensor, model: Transformer) -> "_Attention":
+def _attention(batch: Batch, like: Tensor, model: Transformer) -> _Attention:
     flash = like.is_cuda and like.dtype in (torch.bfloat16, torch.float16) and model.config.head_dim % 8 == 0
     return (_Packed if flash and model.config.head_dim <= 256 else _Padded)(batch, like.device)
 
 
-class _Attention:
-    """Attention of a batch's tokens: queries, keys and values, (N, heads, head_dim) each, to (N, n_heads, head_dim)."""
-
-    def __init__(self, batch: Batch, device: torch.device):
-        raise NotImplementedError
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class _Packed(_Attention):
+class _Packed:
     """By FlashAttention-2's kernel for sequences of different lengths (Dao 2023), one call a level."""
 
     def __init__(self, batch: Batch, device: torch.device):
@@ -229,7 +222,7 @@ def _flash(
     return out, lse.t()
 
 
-class _Padded(_Attention):
+class _Padded:
     """By kernels for sequences of one length: nodes of like length together, filled up at their ends."""
 
     def __init__(self, batch: Batch, device: torch.device):

@@ -51,11 +51,8 @@ def export(shape: str, folder: str) -> None:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
-    write(
-        ExportJob(model=shape),
-        Trained(model, tokenizer, frozenset([tokenizer.eot_id]), None, torch.device("cpu"), shape, "random"),
-        folder,
-    )
+    ends = frozenset([tokenizer.eot_id])
+    write(ExportJob(model=shape), Trained(model, tokenizer, ends, None, torch.device("cpu"), shape, "random"), folder)
 
 
 def prompts(count: int) -> list[str]:
