@@ -64,40 +64,40 @@ class Encoder:
         the one in front of texts, or becomes the context where it is that token. Neighbours with the same context get
         the same array.
         """
-        texts: list[tuple[str, bool]] = []
+        texts: dict[tuple[str, bool], int] = {}  # in their order; most ends of texts are alike
         places: list[tuple[int, int, int]] = []  # of the context up to the cut, of the rest, of that and what continues
-        last, end, tail = None, 0, ""
+        last, end, tail, head, at = None, 0, "", -1, -1
         for context, continuation in requests:
             if not context:
-                places.append((-1, -1, len(texts)))
-                texts.append((continuation, False))
+                places.append((-1, -1, texts.setdefault((continuation, False), len(texts))))
                 continue
             size = len(context.rstrip())
             if context[:size] != last:  # choices of a question follow each other
                 last = context[:size]
                 end = self._last_cut(last)
-                tail, head, at = last[end:], len(texts), len(texts) + (end > 0)
-                if end:
-                    texts.append((last[:end], self._begins(last)))
+                tail = last[end:]
+                head = texts.setdefault((last[:end], self._begins(last)), len(texts)) if end else -1
                 # special tokens are added to the beginning alone
-                texts.append((tail, not end and self._begins(last)))
-            places.append((head, at, len(texts)))
+                at = texts.setdefault((tail, not end and self._begins(last)), len(texts))
             whole = tail + context[size:] + continuation
-            texts.append((whole, not end and self._begins(whole)))
-        ids = self._many(texts)
+            places.append((head, at, texts.setdefault((whole, not end and self._begins(whole)), len(texts))))
+        ids = self._many(list(texts))
         found: list[tuple[np.ndarray, list[int]]] = []
-        known: tuple[int, np.ndarray] = (-1, self._before)
+        known: tuple[int, int, np.ndarray] = (-1, -1, self._before)  # the last context
+        rests: dict[tuple[int, int], list[int]] = {}
         for head, at, whole in places:
-            if head < 0:
+            if at < 0:
                 alone = ids[whole].tolist()
                 if alone[:1] == [self.prefix_id]:
                     found.append((ids[whole][:1], alone[1:]))
                 else:
                     found.append((np.array([self.prefix_id], np.int32), alone))
                 continue
-            if head != known[0]:
-                known = head, np.concatenate([ids[head], ids[at]]) if head < at else ids[at]
-            found.append((known[1], ids[whole][len(ids[at]) :].tolist()))
+            if (head, at) != known[:2]:
+                known = head, at, ids[at] if head < 0 else np.concatenate([ids[head], ids[at]])
+            if (at, whole) not in rests:
+                rests[at, whole] = ids[whole][len(ids[at]) :].tolist()
+            found.append((known[2], rests[at, whole]))
         return found
 
     def _begins(self, text: str) -> bool:

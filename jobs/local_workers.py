@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from jobs.trained import Trained
     from models.generate import Engine, Sampling
     from models.prefix_tree import Request
+    from models.scoring import Score, Scorer
     from pipelines.tokenizer import Tokenizer
 
 _MOST_TEXTS = 1024  # that a GPU continues together
@@ -25,22 +27,33 @@ TextRequest = tuple[str, Sequence[str], "Sampling"]
 """A prompt, strings before which its text ends, and how the text is made."""
 
 
+_changing, _inside = threading.Lock(), 0
+
+
 @contextlib.contextmanager
 def heap_at_rest() -> Iterator[None]:
-    """What exists is not looked through for garbage meanwhile: with all modules and documents that takes a third of a
-    second, again and again.
+    """What exists is not looked through for garbage as long as anybody is in this context: with all modules and
+    documents that takes a third of a second, again and again.
     """
-    gc.freeze()
+    global _inside  # noqa: PLW0603
+    with _changing:
+        if not _inside:
+            gc.freeze()
+        _inside += 1
     try:
         yield
     finally:
-        gc.unfreeze()
+        with _changing:
+            _inside -= 1
+            if not _inside:
+                gc.unfreeze()
 
 
 class LocalWorkers:
     """As of ``jobs.harness.Workers``, in this process; while one call computes, that of another thread can encode.
 
-    A call computes until its results are read to the end or closed; the next one waits for that.
+    Calls for log-likelihoods take turns by batches. One for texts computes until its results are read to the end or
+    closed; others wait for that.
 
     Args:
         trained: the model and its tokenizer.
@@ -56,7 +69,8 @@ class LocalWorkers:
         self.slots = slots
         self._encoder = Encoder(trained.tokenizer)
         self._decoder = _Decoder(trained.tokenizer)
-        self._encoding, self._computing = threading.Lock(), threading.Lock()  # one call after another
+        self._encoding, self._computing = threading.Lock(), threading.Lock()  # one after another
+        self._scorer: weakref.ReferenceType[Scorer] | None = None  # of those that are at work
         self._engine: Engine | None = None
         self._wanted = 0  # slots of it, were there memory for them
 
@@ -120,12 +134,16 @@ class LocalWorkers:
                 asked.append((context, continuation))
         return asked, cut
 
-    def _scored(self, asked: Sequence[Request]) -> Iterator[tuple[int, float, bool]]:
-        from models.scoring import log_likelihoods
+    def _scored(self, asked: Sequence[Request]) -> Iterator[Score]:
+        from models.scoring import Scorer
 
         with self._computing:
             self._make_room()
-            yield from log_likelihoods(self.trained.model, asked, tokens_per_batch=self.tokens_per_batch)
+            scorer = self._scorer and self._scorer()
+            if scorer is None:
+                scorer = Scorer(self.trained.model, turn=self._computing)
+                self._scorer = weakref.ref(scorer)
+        yield from scorer.log_likelihoods(asked, tokens_per_batch=self.tokens_per_batch)
 
     def _make_room(self) -> None:
         """Let go of the engine where a GPU has not the memory for both."""

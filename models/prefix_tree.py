@@ -71,7 +71,7 @@ class _Sequence:
     """Tokens that the model reads, which requests have in common, (T,), and what is asked to follow their ends."""
 
     tokens: np.ndarray
-    asked: list[tuple[int, list[int]]] = field(default_factory=list)
+    asked: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -89,28 +89,28 @@ def _sequences(requests: Sequence[Request], longest: int, size: int, targets_bel
     found: dict[bytes, _Sequence] = {}
     before, array = None, np.array([], ">i4")  # the last context
     read, sequence = None, None  # what the last request has the model read of its continuation, and of all
+    known: set[tuple[int, ...]] = set()  # continuations with ids that may be asked for; most are alike
     for i, (context, continuation) in enumerate(requests):
         if not len(context) or not len(continuation):
             raise ValueError(f"request {i} has an empty {'continuation' if len(context) else 'context'}")
-        if not _within(continuation, targets_below):
-            raise ValueError(f"request {i} asks for ids outside the vocabulary of {targets_below}")
+        asked = tuple(continuation)
+        if asked not in known:
+            if min(asked) < 0 or max(asked) >= targets_below:
+                raise ValueError(f"request {i} asks for ids outside the vocabulary of {targets_below}")
+            known.add(asked)
         if context is not before:  # choices have one context
             # big-endian, so that bytes sort as tokens do
             before, array, read = context, np.array(context, ">i4"), None
-        if read is None or read != list(continuation[:-1]):  # of choices of one token, the same
-            read = list(continuation[:-1])
+        if asked[:-1] != read:  # of choices of one token, the same
+            read = asked[:-1]
             tokens = np.concatenate([array, np.array(read, ">i4")])
             if len(tokens) > longest:
                 raise ValueError(f"request {i} has {len(tokens)} tokens, but model.max_seq_len is {longest}")
             if tokens.min() < 0 or tokens.max() >= size:
                 raise ValueError(f"request {i} has ids outside the vocabulary of {size}")
             sequence = found.setdefault(tokens.tobytes(), _Sequence(tokens))
-        sequence.asked.append((i, list(continuation)))
+        sequence.asked.append((i, asked))
     return [found[key] for key in sorted(found)]
-
-
-def _within(ids: Sequence[int], bound: int) -> bool:
-    return min(ids) >= 0 and max(ids) < bound
 
 
 def _tree(sequences: list[_Sequence]) -> list[tuple[int, _Node]]:
@@ -173,7 +173,7 @@ def _pack(part: list[tuple[int, list[_Node]]], sequences: list[_Sequence]) -> Ba
     below: dict[_Node, int] = {}  # where the tokens of those that continue a node end
     size = 0
     asked: list[np.ndarray] = []
-    after: list[np.ndarray] = []
+    after: list[int] = []
     targets: list[int] = []
     requests: list[int] = []
     n_asked = 0
@@ -190,11 +190,11 @@ def _pack(part: list[tuple[int, list[_Node]]], sequences: list[_Sequence]) -> Ba
         places = np.concatenate([first[n] + np.arange(max(0, length - most - n.start), n.stop - n.start) for n in path])
         asked.append(places)
         for request, continuation in sequence.asked:
-            after.append(np.arange(n_asked + most - len(continuation), n_asked + most))
+            after.extend(range(n_asked + most - len(continuation), n_asked + most))
             targets.extend(continuation)
             requests.extend([request] * len(continuation))
         n_asked += most
-    order = np.argsort(np.concatenate(after), kind="stable")
+    order = np.argsort(after, kind="stable")
     levels: list[list[tuple[Segment, Segment]]] = [[] for _ in range(_DEEPEST)]
     for node, start in first.items():
         stop = start + node.stop - node.start
@@ -206,7 +206,7 @@ def _pack(part: list[tuple[int, list[_Node]]], sequences: list[_Sequence]) -> Ba
         [(start, start + n.stop - n.start) for n, start in first.items()],
         [level for level in levels if level],
         np.concatenate(asked),
-        np.concatenate(after)[order],
+        np.array(after)[order],
         np.array(targets)[order],
         np.array(requests)[order],
     )

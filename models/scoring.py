@@ -8,9 +8,11 @@ FlashInfer's cascades (Ye et al. 2024), with any number of levels and no cache t
 output, the final norm and the head are computed where a token is asked for alone.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,50 +28,66 @@ from models.transformer import Transformer, rotate
 # tokens whose wide activations exist at one time: on the CPU they stay in its cache, on a GPU they need not much memory
 _ROWS, _ROWS_ON_CPU = 16384, 1024
 
+Score = tuple[int, float, bool]
+"""Index of a request, the sum of the log-probabilities of its continuation's tokens in nats, and whether each of these
+is the likeliest."""
+
 _Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Of a batch's tokens: queries, keys and values, (N, heads, head_dim) each, to (N, n_heads, head_dim)."""
 
 
-def log_likelihoods(
-    model: Transformer, requests: Sequence[Request], *, tokens_per_batch: int, vocab_size: int | None = None
-) -> Iterator[tuple[int, float, bool]]:
-    """Score continuations, in an order that shares work.
+class Scorer:
+    """Scores continuations, in an order that shares work; several threads may do so at the same time.
 
     Args:
-        model: on any device, not sharded.
-        requests: contexts and continuations; both together, less the last token, are at most max_seq_len tokens.
-        tokens_per_batch: tokens that are computed together; a longer sequence is a batch of its own.
+        model: on any device, not sharded; its matrices are copied where they compute in another dtype.
+        turn: held while a batch is computed, so that there are the activations of one. What comes before and after is
+            outside: of two threads, one sees to the next batch while the device computes that of the other.
         vocab_size: probabilities are over the ids below this; None is all rows of the embedding.
-
-    Yields:
-        Index of a request, the sum of the log-probabilities of its continuation's tokens in nats, and whether each of
-        them is the likeliest.
-
-    Raises:
-        ValueError: a request is empty, too long, or has ids outside the vocabulary.
     """
-    if not requests:
-        return
-    config = model.config
-    with torch.inference_mode():
-        weights = [_Layer.of(model, i) for i in range(len(model.layers))]
-        head = model.output.weight.to(model.compute_dtype or model.output.weight.dtype)
-    before: _Scores | None = None
-    for batch in batches(
-        requests,
-        tokens_per_batch,
-        max_seq_len=config.max_seq_len,
-        vocab_size=config.vocab_size,
-        targets_below=vocab_size,
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        turn: contextlib.AbstractContextManager[Any] | None = None,
+        vocab_size: int | None = None,
     ):
+        self._model, self._vocab_size = model, vocab_size
+        self._turn = contextlib.nullcontext() if turn is None else turn
         with torch.inference_mode():
-            scores = _score(model, weights, head, batch, vocab_size)
-        # an accelerator is given its next batch before its last one's results are waited for
+            self._weights = [_Layer.of(model, i) for i in range(len(model.layers))]
+            self._head = model.output.weight.to(model.compute_dtype or model.output.weight.dtype)
+
+    def log_likelihoods(self, requests: Sequence[Request], *, tokens_per_batch: int) -> Iterator[Score]:
+        """Score requests; the results come as they are ready.
+
+        Args:
+            requests: contexts and continuations; both together, less the last token, are at most max_seq_len tokens.
+            tokens_per_batch: tokens that are computed together; a longer sequence is a batch of its own.
+
+        Raises:
+            ValueError: a request is empty, too long, or has ids outside the vocabulary.
+        """
+        if not requests:
+            return
+        config = self._model.config
+        before: _Results | None = None
+        for batch in batches(
+            requests,
+            tokens_per_batch,
+            max_seq_len=config.max_seq_len,
+            vocab_size=config.vocab_size,
+            targets_below=self._vocab_size,
+        ):
+            with self._turn, torch.inference_mode():
+                results = _score(self._model, self._weights, self._head, batch, self._vocab_size)
+            # an accelerator is given its next batch before its last one's results are waited for
+            if before is not None:
+                yield from before.read()
+            before = results
         if before is not None:
             yield from before.read()
-        before = scores
-    if before is not None:
-        yield from before.read()
 
 
 @dataclass
@@ -114,7 +132,7 @@ class _Layer:
         return torch.cat([F.linear(part, self.down) for part in parts])
 
 
-class _Scores:
+class _Results:
     """Results of a batch, on their way from the device."""
 
     def __init__(self, requests: np.ndarray, log_probabilities: Tensor, likeliest: Tensor):
@@ -127,7 +145,7 @@ class _Scores:
             self.done.record()
         self.log_probabilities, self.likeliest = log_probabilities, likeliest
 
-    def read(self) -> Iterator[tuple[int, float, bool]]:
+    def read(self) -> Iterator[Score]:
         if self.done is not None:
             self.done.synchronize()
         numbers, of = np.unique(self.requests, return_inverse=True)
@@ -136,7 +154,7 @@ class _Scores:
         yield from zip(numbers.tolist(), sums.tolist(), (misses == 0).tolist(), strict=True)
 
 
-def _score(model: Transformer, weights: list[_Layer], head: Tensor, batch: Batch, vocab_size: int | None) -> _Scores:
+def _score(model: Transformer, weights: list[_Layer], head: Tensor, batch: Batch, vocab_size: int | None) -> _Results:
     device = head.device
     tokens, positions, asked, after, targets = (
         to_device(array, device) for array in (batch.tokens, batch.positions, batch.asked, batch.after, batch.targets)
@@ -150,7 +168,7 @@ def _score(model: Transformer, weights: list[_Layer], head: Tensor, batch: Batch
         row, target = after[low:high] - start, targets[low:high]
         log_probabilities.append(logits[row, target] - logits.logsumexp(1)[row])
         likeliest.append(logits.argmax(1)[row] == target)
-    return _Scores(batch.requests, torch.cat(log_probabilities), torch.cat(likeliest))
+    return _Results(batch.requests, torch.cat(log_probabilities), torch.cat(likeliest))
 
 
 def _hidden(

@@ -1,6 +1,8 @@
 """The harness's LM class against the harness's own backend for transformers, on the exported model."""
 
+import gc
 import random
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from jobs import encoder
 from jobs.encoder import Encoder
 from jobs.harness import IngotLM
-from jobs.local_workers import LocalWorkers
+from jobs.local_workers import LocalWorkers, heap_at_rest
 from models.config import ModelConfig
 from models.generate import Sampling, generate
 from models.hugging_face import save_pretrained
@@ -100,6 +102,28 @@ def test_log_likelihoods_and_greedy_flags_are_those_of_the_harness_backend(ours,
     reference, got = theirs.loglikelihood(requests), ours.loglikelihood(requests)
     assert [flag for _, flag in got] == [flag for _, flag in reference]
     torch.testing.assert_close([x for x, _ in got], [x for x, _ in reference], rtol=0, atol=1e-4)
+
+
+def test_calls_of_several_threads_at_once_give_each_its_own_results(ours):
+    workers, requests = ours.workers, list(pairs())
+    parts = [requests[start:] + requests[:start] for start in range(0, len(requests), 8)]
+    texts = [(text[:40], [], Sampling(6)) for text, _ in requests if text]
+    expected = [dict(workers.log_likelihoods(part)) for part in parts], dict(workers.generate(texts))
+    with ThreadPoolExecutor(len(parts) + 1) as pool:
+        scored = [pool.submit(lambda part=part: dict(workers.log_likelihoods(part))) for part in parts]
+        continued = pool.submit(lambda: dict(workers.generate(texts)))
+        for one, values in zip(scored, expected[0], strict=True):
+            assert one.result() == {index: pytest.approx(value, abs=1e-4) for index, value in values.items()}
+        assert continued.result() == expected[1]
+
+
+def test_nothing_is_looked_through_for_garbage_until_the_last_is_done():
+    with heap_at_rest():
+        frozen = gc.get_freeze_count()
+        with heap_at_rest():
+            assert gc.get_freeze_count() >= frozen > 1000
+        assert gc.get_freeze_count() >= frozen
+    assert gc.get_freeze_count() < 1000
 
 
 def test_the_likeliest_continuations_are_known_for_such(trained, tokenizer, ours, theirs):

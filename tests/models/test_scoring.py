@@ -10,7 +10,7 @@ from models import scoring
 from models.config import ModelConfig
 from models.hugging_face import save_pretrained
 from models.parallel import parallelize
-from models.scoring import log_likelihoods
+from models.scoring import Scorer
 from models.transformer import Transformer
 
 SMALL = ModelConfig(vocab_size=97, d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, d_ff=80, max_seq_len=220)
@@ -54,7 +54,9 @@ def reference(model, asked):
 
 
 def scores(model, asked, tokens):
-    found = {i: (value, likeliest) for i, value, likeliest in log_likelihoods(model, asked, tokens_per_batch=tokens)}
+    found = {
+        i: (value, likeliest) for i, value, likeliest in Scorer(model).log_likelihoods(asked, tokens_per_batch=tokens)
+    }
     assert sorted(found) == list(range(len(asked)))
     return [found[i] for i in range(len(asked))]
 
@@ -120,10 +122,10 @@ def test_probabilities_are_over_the_ids_that_count():
         model.output.weight[90] = model.output.weight[logits[:90].argmax()] * 2
         logits = model(torch.tensor([[5, 6, 7]]))[0, -1]
     best = int(logits[:90].argmax())
-    ((_, value, likeliest),) = log_likelihoods(model, [([5, 6, 7], [best])], tokens_per_batch=100, vocab_size=90)
+    ((_, value, likeliest),) = Scorer(model, vocab_size=90).log_likelihoods([([5, 6, 7], [best])], tokens_per_batch=100)
     assert value == pytest.approx(logits[:90].log_softmax(-1)[best].item(), abs=1e-5)
     assert likeliest
-    ((_, _, likeliest),) = log_likelihoods(model, [([5, 6, 7], [best])], tokens_per_batch=100)
+    ((_, _, likeliest),) = Scorer(model).log_likelihoods([([5, 6, 7], [best])], tokens_per_batch=100)
     assert likeliest == (int(logits.argmax()) == best)
 
 
@@ -139,7 +141,7 @@ def test_probabilities_are_over_the_ids_that_count():
 )
 def test_requests_that_cannot_be_scored_are_named(request_, reason):
     with pytest.raises(ValueError, match=reason):
-        list(log_likelihoods(with_large_weights(SMALL), [([1], [2]), request_], tokens_per_batch=100))
+        list(Scorer(with_large_weights(SMALL)).log_likelihoods([([1], [2]), request_], tokens_per_batch=100))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
