@@ -8,21 +8,23 @@ from __future__ import annotations
 import contextlib
 import csv
 import difflib
-import functools
 import gzip
+import importlib
 import io
 import json
 import logging
 import os
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import evaluate as hf_evaluate
 from datasets import Dataset, DatasetDict
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
+from jobs import eval_index
 from jobs.eval_code import METRIC, CodeEval, forget_modules
 from jobs.settings import Scoring, SettingsError
 from pipelines import storage
@@ -42,7 +44,7 @@ class Tasks(TaskManager):
     """
 
     def __init__(self, data_dir: str | None = None, code: CodeEval | None = None) -> None:
-        vars(self).update(vars(_scanned()))
+        vars(self).update(vars(eval_index.manager()))
         self.data_dir, self.code = data_dir, code or CodeEval(allowed=False)
         self._loaded: dict[tuple[str, ...], Any] = {}
 
@@ -104,12 +106,6 @@ class _OfTheHubError(Exception):
 
 def _refuse(*_: Any, **__: Any) -> None:
     raise _OfTheHubError
-
-
-@functools.lru_cache(maxsize=1)
-def _scanned() -> TaskManager:
-    """The harness's manager, which reads some 15,000 descriptions of tasks: several seconds."""
-    return TaskManager()
 
 
 def _like(name: str, tasks: TaskManager) -> str:
@@ -226,14 +222,35 @@ def _own_code_eval(code: CodeEval) -> Iterator[None]:
 
     That metric is a script, so it needs the network at import, and it would run programs in a mere child process.
     """
-    hub = hf_evaluate.load
-
-    def load(path: str, *args: Any, **kwargs: Any) -> Any:
-        return code if path == METRIC else hub(path, *args, **kwargs)
-
+    stands_in = _Evaluate(code)
     forget_modules()
+    sys.modules["evaluate"] = stands_in
     try:
-        with mock.patch.object(hf_evaluate, "load", load):
-            yield
+        yield
     finally:
         forget_modules()
+        del sys.modules["evaluate"]
+        if stands_in.package is not None:
+            sys.modules["evaluate"] = stands_in.package
+
+
+class _Evaluate(types.ModuleType):
+    """The package ``evaluate``, with a metric of our own; it takes seconds to import, so that is done when needed."""
+
+    def __init__(self, code: CodeEval) -> None:
+        super().__init__("evaluate")
+        self.code, self.package = code, sys.modules.get("evaluate")
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        """As of the package."""
+        return self.code if path == METRIC else self.__getattr__("load")(path, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if self.package is None:
+            here = sys.modules.pop("evaluate", None)
+            try:
+                self.package = importlib.import_module("evaluate")
+            finally:
+                if here is not None:
+                    sys.modules["evaluate"] = here
+        return getattr(self.package, name)
