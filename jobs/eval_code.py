@@ -12,7 +12,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 from jobs.sandbox import Outcome, Program, many
@@ -170,8 +169,6 @@ def forget_modules() -> None:
     """Have the harness import its modules on code anew, which keep the metric that they got at import."""
     for name, module in list(sys.modules.items()):
         if name.startswith("lm_eval.tasks.") and any(
-            isinstance(value, CodeEval)
-            or (not isinstance(value, ModuleType) and getattr(value, "name", None) == METRIC)
-            for value in vars(module).values()
+            isinstance(value, CodeEval) or getattr(value, "name", None) == METRIC for value in vars(module).values()
         ):
             del sys.modules[name]

@@ -6,31 +6,37 @@ used as long as no description changes, comes or goes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from lm_eval import tasks
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
+from pipelines import storage
+
 log = logging.getLogger("ingot")
+
+_one_at_a_time = threading.Lock()
+
+
+def manager() -> TaskManager:
+    """The harness's own, with all of its tasks."""
+    with _one_at_a_time:
+        return _manager()
 
 
 @functools.lru_cache(maxsize=1)
-def manager() -> TaskManager:
-    """The harness's own, with all of its tasks."""
+def _manager() -> TaskManager:
     root = os.path.dirname(tasks.__file__)
-    state = _state_of(root)
-    file = _file(root)
+    file, state = _file(root), _state_of(root)
     found = _read(file, state)
     if found is None:
         found = TaskIndex().build([Path(root)])
@@ -42,62 +48,57 @@ def manager() -> TaskManager:
 def _file(root: str) -> str:
     """Where what was read of a folder lies: of each installation apart, so that two do not take turns."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(caches, "ingot", f"tasks-{hashlib.sha256(root.encode()).hexdigest()[:16]}.json")
+    return os.path.join(caches, "ingot", f"tasks-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json")
 
 
-def _state_of(root: str) -> str:
-    """A digest of names, sizes and times of the files in a folder."""
-    digest = hashlib.sha256()
-    for path, size, changed in sorted(_files(root)):
-        digest.update(f"{path}\0{size}\0{changed}\n".encode())
-    return digest.hexdigest()
+def _state_of(root: str) -> str | None:
+    """A digest of names, sizes, modes and times of the files in a folder; None where not all can be looked at."""
+    try:
+        found = sorted(_files(root))
+    except OSError as error:
+        log.debug("the harness's tasks are read, as not all of their files can be looked at: %s", error)
+        return None
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
-def _files(folder: str) -> Iterator[tuple[str, int, int]]:
+def _files(folder: str) -> Iterator[tuple[bytes, int, int, int]]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if entry.is_dir(follow_symlinks=False):
                 if entry.name != "__pycache__":
                     yield from _files(entry.path)
-            else:
+                continue
+            try:
                 stat = entry.stat()
-                yield entry.path, stat.st_size, stat.st_mtime_ns
+            except OSError:  # a link to nothing
+                stat = entry.stat(follow_symlinks=False)
+            yield os.fsencode(entry.path), stat.st_size, stat.st_mode, stat.st_mtime_ns
 
 
-def _read(file: str, state: str) -> dict[str, Entry] | None:
+def _read(file: str, state: str | None) -> dict[str, Entry] | None:
+    if state is None or not os.path.isfile(file):
+        return None
     try:
-        with open(file, encoding="utf-8") as lines:
-            kept = json.load(lines)
+        kept = json.loads(storage.read_bytes(file))
         if kept["state"] != state:
             return None
         return {
             name: Entry(name, Kind[kind], path and Path(path), config, set(tags))
             for name, kind, path, config, tags in kept["tasks"]
         }
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         log.debug("%s cannot be read, so the harness's tasks are: %s", file, error)
         return None
 
 
-def _write(file: str, state: str, found: dict[str, Entry]) -> None:
+def _write(file: str, state: str | None, found: dict[str, Entry]) -> None:
+    if state is None or not os.path.isabs(file):  # a user without a home
+        return
+    entries = [
+        (one.name, one.kind.name, one.yaml_path and str(one.yaml_path), one.cfg, sorted(one.tags))
+        for one in found.values()
+    ]
     try:
-        content = json.dumps({"state": state, "tasks": list(_rows(found.values()))})
-        os.makedirs(os.path.dirname(file), exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=os.path.dirname(file), delete=False) as part:
-            try:
-                part.write(content)
-                part.close()
-                os.replace(part.name, file)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.unlink(part.name)
-                raise
+        storage.write_bytes(file, json.dumps({"state": state, "tasks": entries}).encode())
     except (OSError, TypeError, ValueError) as error:  # such as a home that cannot be written to
         log.debug("the harness's tasks are not kept in %s: %s", file, error)
-
-
-def _rows(entries: Iterable[Entry]) -> Iterator[tuple[str, str, str | None, dict[str, Any] | None, list[str]]]:
-    for entry in entries:
-        yield entry.name, entry.kind.name, entry.yaml_path and str(entry.yaml_path), entry.cfg, sorted(entry.tags)

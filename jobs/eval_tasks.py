@@ -9,13 +9,13 @@ import contextlib
 import csv
 import difflib
 import gzip
-import importlib
+import importlib.abc
+import importlib.machinery
 import io
 import json
 import logging
 import os
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -222,35 +222,42 @@ def _own_code_eval(code: CodeEval) -> Iterator[None]:
 
     That metric is a script, so it needs the network at import, and it would run programs in a mere child process.
     """
-    stands_in = _Evaluate(code)
-    forget_modules()
-    sys.modules["evaluate"] = stands_in
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as stack:
+
+        def adapt(package: Any) -> None:
+            hub = package.load
+            own = lambda path, *args, **kwargs: code if path == METRIC else hub(path, *args, **kwargs)  # noqa: E731
+            stack.enter_context(mock.patch.object(package, "load", own))
+
+        stack.callback(forget_modules)
         forget_modules()
-        del sys.modules["evaluate"]
-        if stands_in.package is not None:
-            sys.modules["evaluate"] = stands_in.package
+        if "evaluate" in sys.modules:
+            adapt(sys.modules["evaluate"])
+        else:
+            finder = _WhenImported("evaluate", adapt)
+            sys.meta_path.insert(0, finder)
+            stack.callback(sys.meta_path.remove, finder)
+        yield
 
 
-class _Evaluate(types.ModuleType):
-    """The package ``evaluate``, with a metric of our own; it takes seconds to import, so that is done when needed."""
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Does something to a package once it is imported, which may take seconds and never be needed."""
 
-    def __init__(self, code: CodeEval) -> None:
-        super().__init__("evaluate")
-        self.code, self.package = code, sys.modules.get("evaluate")
+    def __init__(self, name: str, then: Callable[[Any], None]) -> None:
+        self.name, self.then = name, then
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        """As of the package."""
-        return self.code if path == METRIC else self.__getattr__("load")(path, *args, **kwargs)
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        """As of the finder for files."""
+        if name != self.name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-    def __getattr__(self, name: str) -> Any:
-        if self.package is None:
-            here = sys.modules.pop("evaluate", None)
-            try:
-                self.package = importlib.import_module("evaluate")
-            finally:
-                if here is not None:
-                    sys.modules["evaluate"] = here
-        return getattr(self.package, name)
+            def and_then(module: Any) -> None:
+                del spec.loader.exec_module
+                execute(module)
+                self.then(module)
+
+            spec.loader.exec_module = and_then
+        return spec

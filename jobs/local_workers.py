@@ -27,7 +27,7 @@ TextRequest = tuple[str, Sequence[str], "Sampling"]
 """A prompt, strings before which its text ends, and how the text is made."""
 
 
-_changing, _inside = threading.Lock(), 0
+_changing, _inside = threading.Lock(), 0  # of `heap_at_rest`: how many are in it
 
 
 @contextlib.contextmanager
@@ -137,13 +137,21 @@ class LocalWorkers:
     def _scored(self, asked: Sequence[Request]) -> Iterator[Score]:
         from models.scoring import Scorer
 
-        with self._computing:
-            self._make_room()
+        if not asked:
+            return
+        with self._turn():
             scorer = self._scorer and self._scorer()
             if scorer is None:
-                scorer = Scorer(self.trained.model, turn=self._computing)
+                scorer = Scorer(self.trained.model, turn=self._turn)
                 self._scorer = weakref.ref(scorer)
         yield from scorer.log_likelihoods(asked, tokens_per_batch=self.tokens_per_batch)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Nobody else computes, and there is room for scoring."""
+        with self._computing:
+            self._make_room()
+            yield
 
     def _make_room(self) -> None:
         """Let go of the engine where a GPU has not the memory for both."""

@@ -206,7 +206,7 @@ def _pack(part: list[tuple[int, list[_Node]]], sequences: list[_Sequence]) -> Ba
         [(start, start + n.stop - n.start) for n, start in first.items()],
         [level for level in levels if level],
         np.concatenate(asked),
-        np.array(after)[order],
+        np.array(after, np.int64)[order],
         np.array(targets)[order],
         np.array(requests)[order],
     )

@@ -41,8 +41,9 @@ class Scorer:
 
     Args:
         model: on any device, not sharded; its matrices are copied where they compute in another dtype.
-        turn: held while a batch is computed, so that there are the activations of one. What comes before and after is
-            outside: of two threads, one sees to the next batch while the device computes that of the other.
+        turn: makes what is entered while a batch is computed, such as a lock, so that there are the activations of one.
+            What comes before and after is outside: of two threads, one sees to the next batch while the device computes
+            that of the other.
         vocab_size: probabilities are over the ids below this; None is all rows of the embedding.
     """
 
@@ -50,11 +51,10 @@ class Scorer:
         self,
         model: Transformer,
         *,
-        turn: contextlib.AbstractContextManager[Any] | None = None,
+        turn: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         vocab_size: int | None = None,
     ):
-        self._model, self._vocab_size = model, vocab_size
-        self._turn = contextlib.nullcontext() if turn is None else turn
+        self._model, self._turn, self._vocab_size = model, turn, vocab_size
         with torch.inference_mode():
             self._weights = [_Layer.of(model, i) for i in range(len(model.layers))]
             self._head = model.output.weight.to(model.compute_dtype or model.output.weight.dtype)
@@ -80,7 +80,7 @@ class Scorer:
             vocab_size=config.vocab_size,
             targets_below=self._vocab_size,
         ):
-            with self._turn, torch.inference_mode():
+            with self._turn(), torch.inference_mode():
                 results = _score(self._model, self._weights, self._head, batch, self._vocab_size)
             # an accelerator is given its next batch before its last one's results are waited for
             if before is not None:

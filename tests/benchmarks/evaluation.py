@@ -333,7 +333,7 @@ def warm_up(lm: Any, kind: str, requests: list[Any]) -> None:
     if kind == "loglikelihood":
         timed(lm, kind, [longest, *others[: len(others) // 20]])
         return
-    begun = of_others(requests)
+    begun = [copy.copy(one) for one in others]
     for one in begun:
         one.arguments = (one.args[0], {**one.args[1], "max_gen_toks": 2})
     timed(lm, kind, [longest, *begun, longest])

@@ -15,7 +15,7 @@ from models.training.spikes import SpikeConfig
 
 pytestmark = pytest.mark.cluster
 
-STEPS = 120
+STEPS = 100
 PATIENCE = 150  # seconds for what takes a few on a quiet machine
 
 

@@ -1,8 +1,7 @@
 """What is kept of the harness's descriptions of tasks is what the harness reads."""
 
-import importlib.metadata
+import os
 import shutil
-import sys
 from pathlib import Path
 
 import lm_eval.tasks
@@ -11,8 +10,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 
 from jobs import eval_index
-from jobs.eval_code import CodeEval
-from jobs.eval_tasks import _own_code_eval
 
 HARNESS = Path(lm_eval.tasks.__file__).parent
 
@@ -38,7 +35,7 @@ def reads(monkeypatch):
 
 
 def known():
-    return vars(eval_index.manager.__wrapped__())["_index"]
+    return vars(eval_index._manager.__wrapped__())["_index"]
 
 
 def test_what_is_kept_is_what_the_harness_reads(root, reads):
@@ -69,7 +66,7 @@ def test_descriptions_are_read_again_when_one_changes(root, reads, way):
     assert ("gsm8k" in found) == (way != "removed")
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"state": 1', '{"state": "x", "tasks": []}', "[]"])
+@pytest.mark.parametrize("content", ["", "{}", '{"state": 1', '{"state": "x", "tasks": []}', "[]", "[" * 200_000])
 def test_a_damaged_file_is_written_anew(root, reads, content, tmp_path):
     expected = known()
     (file,) = (tmp_path / "caches" / "ingot").iterdir()
@@ -85,24 +82,18 @@ def test_a_home_that_cannot_be_written_to_does_no_harm(root, reads, tmp_path, mo
     assert len(reads) == 2
 
 
-@pytest.mark.parametrize("imported", [False, True])
-def test_tasks_get_our_metric_for_code_and_all_others_of_the_package(imported, monkeypatch):
-    own = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "evaluate"}
-    for name in own:
-        monkeypatch.delitem(sys.modules, name)
-    if imported:
-        import evaluate
-    code = CodeEval(allowed=False)
-    with _own_code_eval(code):
-        import evaluate
+def test_links_and_names_of_any_kind_do_no_harm(root, reads):
+    (root / "gsm8k" / ".#gsm8k.yaml").symlink_to("nowhere")
+    (root / "loop").symlink_to(".")
+    (root / "itself").symlink_to("itself")
+    (root / os.fsdecode(b"caf\xe9")).write_text("")
+    assert known() == known()
+    assert len(reads) == 1
 
-        assert evaluate.load("code_eval") is code
-        assert ("evaluate.loading" in sys.modules) == imported  # that takes seconds
-        assert evaluate.__version__ == importlib.metadata.version("evaluate")
-        from evaluate import Metric
-        from evaluate.utils import file_utils
-    import evaluate
 
-    assert evaluate.load is not code
-    assert evaluate.Metric is Metric
-    assert evaluate.utils.file_utils is file_utils
+def test_a_user_without_a_home_keeps_nothing(root, reads, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "caches")
+    monkeypatch.chdir(tmp_path)
+    assert known() == known()
+    assert len(reads) == 2
+    assert not (tmp_path / "caches").exists()

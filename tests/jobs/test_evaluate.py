@@ -4,12 +4,14 @@ import csv
 import dataclasses
 import glob
 import gzip
+import importlib
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 
 import lm_eval
@@ -22,7 +24,7 @@ from jobs import eval_cache, eval_workers, evaluate, export
 from jobs.eval_cache import CachedWorkers, FinishedItems
 from jobs.eval_code import CodeEval, pass_at_k
 from jobs.eval_harness import rows
-from jobs.eval_tasks import Tasks
+from jobs.eval_tasks import Tasks, _own_code_eval
 from jobs.eval_workers import ManyModels, Model, ModelActor
 from jobs.run_folder import StoredRun
 from jobs.settings import EvaluateJob, ExportJob, FailedError, PretrainJob, ScoringBesideTraining, SettingsError
@@ -523,3 +525,24 @@ def test_scores_of_checkpoints_while_training_are_those_of_evaluate_and_failures
     with pytest.raises(SettingsError, match="there is no file"):
         validation.validate(Checkpoint.from_directory(str(tmp_path)), settings, f"{workspace}/runs/base")
     assert "nowhere" in run.events()[-1]["error"]
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_tasks_get_our_metric_for_code_and_all_others_of_the_package(imported, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "evaluate"]:
+        monkeypatch.delitem(sys.modules, name)
+    if imported:
+        importlib.import_module("evaluate")
+    code, finders = CodeEval(allowed=False), list(sys.meta_path)
+    with _own_code_eval(code):
+        pass
+    assert ("evaluate" in sys.modules) == imported  # it takes seconds
+    for _ in range(2):
+        with _own_code_eval(code):
+            package = importlib.import_module("evaluate")
+            assert package.load("code_eval") is code
+            with pytest.raises(FileNotFoundError):
+                package.load("./no/such/metric")
+        assert package.load is importlib.import_module("evaluate.loading").load
+        assert importlib.import_module("evaluate") is package
+    assert sys.meta_path == finders

@@ -115,6 +115,10 @@ def test_calls_of_several_threads_at_once_give_each_its_own_results(ours):
         for one, values in zip(scored, expected[0], strict=True):
             assert one.result() == {index: pytest.approx(value, abs=1e-4) for index, value in values.items()}
         assert continued.result() == expected[1]
+    begun = workers.log_likelihoods(parts[0])
+    first = next(begun)
+    assert dict(workers.generate(texts)) == expected[1]
+    assert dict([first, *begun]) == {index: pytest.approx(value, abs=1e-4) for index, value in expected[0][0].items()}
 
 
 def test_nothing_is_looked_through_for_garbage_until_the_last_is_done():
