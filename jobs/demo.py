@@ -73,7 +73,7 @@ def measure(workspace: str, training: PretrainJob) -> None:
         asked = GenerateJob(**which, prompt=prompt, max_new_tokens=80)
         samples.append({"prompt": prompt, "text": "".join(generate.text(trained, asked))})
     folder.write_json("samples.json", samples)
-    evaluate.run(EvaluateJob(**which, validation_samples=training.validation_samples))
+    evaluate.run(EvaluateJob(**which))
 
 
 def summary(workspace: str, name: str) -> str:

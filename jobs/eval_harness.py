@@ -112,6 +112,7 @@ class Harness:
                 task_manager=self.tasks,
                 num_fewshot=self.settings.shots(name),
                 limit=self.settings.limit,
+                gen_kwargs={"max_gen_toks": most} if (most := self.settings.max_gen_toks) else None,
                 confirm_run_unsafe_code=self.settings.allow_code_execution,
             )
 

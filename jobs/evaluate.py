@@ -17,7 +17,7 @@ import xxhash
 from jobs.eval_cache import MEANING
 from jobs.placing import Write, place
 from jobs.run_folder import StoredRun
-from jobs.settings import EvaluateJob, FailedError, Scoring
+from jobs.settings import EvaluateJob, FailedError, PretrainJob, Scoring
 from jobs.trained import find, located, run_fingerprint
 from pipelines import storage
 from pipelines.stage import ingot_version, require_manifest
@@ -43,15 +43,32 @@ def run(settings: EvaluateJob) -> dict[str, Any]:
     settings = located(settings)  # on a cluster it is done in another process, whose working directory is another
     if settings.data_dir is not None:
         settings = dataclasses.replace(settings, data_dir=storage.absolute(settings.data_dir))
+    if settings.model is None and settings.validation_samples is None:
+        samples = find(settings)[1].get("settings", {}).get("validation_samples", PretrainJob.validation_samples)
+        settings = dataclasses.replace(settings, validation_samples=samples)
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for step in _steps(settings):
         results = _one(dataclasses.replace(settings, step=step, steps=None))
         at = f" at step {step}" if settings.steps else ""
         failed |= {f"{task}{at}": reason for task, reason in results.get("failed", {}).items()}
+    if settings.model is None:
+        _redraw(settings)
     if failed:
         raise FailedError("; ".join(f"task {task} failed: {reason}" for task, reason in failed.items()))
     return results
+
+
+def _redraw(settings: EvaluateJob) -> None:
+    """Have the run's page show what was measured, if there is one."""
+    from jobs.report import REPORT, build_report
+
+    folder = find(settings)[0]
+    if storage.exists(folder.uri(REPORT)):
+        try:
+            log.info("evaluate: the page is %s", build_report(settings.workspace, settings.name))
+        except OSError as error:
+            log.warning("evaluate: the page could not be drawn; `ingot report` does it later: %s", error)
 
 
 def _steps(settings: EvaluateJob) -> list[int | None]:
@@ -95,6 +112,9 @@ def keep(results: dict[str, Any]) -> dict[str, Any]:
     own = StoredRun(storage.join(folder, step_folder(results["step"])))
     if not own.lines(_EACH) and (before := own.read_json(RESULTS)):  # of an Ingot that kept no lines
         own.append_line(_EACH, json.dumps(before))
+    before = _merged([line for line in own.lines(_EACH) if line.get("fingerprint") == results["fingerprint"]])
+    for told in _replaced(before.get("scores", []), results.get("scores", [])):
+        log.warning("evaluate: %s", told)
     own.append_line(_EACH, json.dumps(results))
     merged, read = {}, 0
     while len(lines := own.lines(_EACH)) > read:  # again, since what we wrote may lack what came meanwhile
@@ -104,6 +124,20 @@ def keep(results: dict[str, Any]) -> dict[str, Any]:
             storage.write_json(uri, merged)
     log.info("evaluate: results are in %s", own.folder)
     return merged
+
+
+def _replaced(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """Which tasks were scored before on other questions, or with other examples."""
+    earlier = {row["task"]: row for row in before}
+    told = {}
+    for row in now:
+        old = earlier.get(row["task"], row)
+        if row["group"] is None and any(old.get(fact) != row.get(fact) for fact in ("items", "n_shot")):
+            told[row["task"]] = (
+                f"{row['task']} of {row.get('items')} questions with {row.get('n_shot')} examples takes the place of that of "
+                f"{old.get('items')} with {old.get('n_shot')}"
+            )
+    return list(told.values())
 
 
 def _merged(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -205,11 +239,12 @@ def scored(settings: EvaluateJob, model: Any, harness: Any | None) -> dict[str, 
     if settings.validation_samples and settings.model is None:
         results |= model.validation(settings.workspace, settings.validation_samples, settings.batch)
         log.info(
-            "evaluate: run %s at step %d, validation loss %.4f, %.4f bits per byte",
+            "evaluate: run %s at step %d, validation loss %.4f, %.4f bits per byte (first %d sequences)",
             known.name,
             known.step,
             results["validation_loss"],
             results["validation_bits_per_byte"],
+            settings.validation_samples,
         )
     if harness is not None:
         results |= harness.run(model, known, folder, step_folder(known.step))

@@ -94,7 +94,7 @@ class IngotLM(LM):
             if sampling.max_new_tokens >= self.max_length:
                 raise ValueError(
                     f"a task asks for {sampling.max_new_tokens} new tokens, but the model's max_seq_len is "
-                    f"{self.max_length}; ask for less with max_gen_toks"
+                    f"{self.max_length}; ask for less with --max_gen_toks"
                 )
             asked.append((text, until, sampling))
         return [text for text, _ in self._counted(_all(self.workers.generate(asked), len(asked)))]

@@ -69,7 +69,8 @@ def model_card(settings: ExportJob, trained: Trained, files: list[str]) -> str:
 
 
 def _use(settings: ExportJob, trained: Trained, files: list[str]) -> str:
-    where = settings.push_to or "FOLDER"
+    where, tokenizer = settings.push_to or "FOLDER", trained.tokenizer
+    first = "" if tokenizer.backend.encode("").ids else tokenizer.backend.id_to_token(tokenizer.bos_id)
     text = f"""## Use
 
 ```python
@@ -77,8 +78,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{where}")
 tokenizer = AutoTokenizer.from_pretrained("{where}")
+text = {json.dumps(first + "The")}
+ids = tokenizer(text, return_tensors="pt", split_special_tokens=False).input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=False)[0]))
 ```"""
-    tokenizer = trained.tokenizer
     begin = json.dumps(tokenizer.backend.id_to_token(tokenizer.bos_id))
     end = json.dumps(tokenizer.backend.id_to_token(tokenizer.eot_id))
     added = "the first of them" if tokenizer.backend.encode("").ids else "neither"

@@ -174,6 +174,9 @@ class Scoring:
     the task's own number: of mmlu none, where papers have 5. Tasks that allow none stay without."""
     limit: int | None = None
     """Questions of each task; null takes all."""
+    max_gen_toks: int | None = None
+    """Tokens of a text at most, where tasks have texts written; null takes the task's own number, of gsm8k 256. The
+    model's context has to have room for more than that."""
     allow_code_execution: bool = False
     """Run the programs that the model writes, in a sandbox: what humaneval and mbpp need."""
     samples_per_problem: int | None = None
@@ -202,6 +205,8 @@ class Scoring:
         known = not self.task_names() or named.keys() <= set(self.task_names())
         require(known, "num_fewshot", self.num_fewshot, "of names that are in tasks")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or null for all")
+        most = self.max_gen_toks
+        require(most is None or most >= 1, "max_gen_toks", most, "at least 1, or null for the task's own")
         samples, ks = self.samples_per_problem, self.pass_at_k
         require(samples is None or samples >= 1, "samples_per_problem", samples, "at least 1, or null")
         fits = ks is None or (bool(ks) and min(ks) >= 1 and max(ks) <= (samples or max(ks)))
@@ -648,8 +653,9 @@ class EvaluateJob(Scoring, Placed):
     """Several checkpoints of the run, one after the other: their steps, or all; null takes `step`."""
     workers: int | None = None
     """Copies of the model that work at the same time; null one for each GPU, without GPUs a single one."""
-    validation_samples: int = 256
-    """Sequences of the validation split to measure, from its start; 0 none. Only of runs, not of a `model`."""
+    validation_samples: int | None = None
+    """Sequences of the validation split to measure, from its start; null as many as pretraining did, 0 none. Only of
+    runs, not of a `model`."""
     batch: int = 16
     """Sequences of the validation split that are scored at a time."""
 
@@ -662,9 +668,10 @@ class EvaluateJob(Scoring, Placed):
         require(fits, "steps", steps, "all, a list of steps, or null")
         require(steps is None or (self.model is None and self.step is None), "steps", steps, "null with step or model")
         require(self.workers is None or self.workers >= 1, "workers", self.workers, "at least 1, or null")
-        require(self.validation_samples >= 0, "validation_samples", self.validation_samples, "at least 0")
+        samples = self.validation_samples
+        require(samples is None or samples >= 0, "validation_samples", samples, "at least 0, or null")
         require(self.batch >= 1, "batch", self.batch, "at least 1")
-        nothing = not self.task_names() and (self.model is not None or not self.validation_samples)
+        nothing = not self.task_names() and (self.model is not None or samples == 0)
         require(not nothing, "tasks", self.tasks, "at least one, since the validation loss is not measured")
 
 

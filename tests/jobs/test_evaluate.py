@@ -546,3 +546,19 @@ def test_tasks_get_our_metric_for_code_and_all_others_of_the_package(imported, m
         assert package.load is importlib.import_module("evaluate.loading").load
         assert importlib.import_module("evaluate") is package
     assert sys.meta_path == finders
+
+
+def test_texts_end_where_asked_and_scores_of_other_questions_are_told_as_such(workspace, data, caplog):
+    whole = job(workspace, data, tasks="gsm8k", max_gen_toks=3)
+    evaluate.run(whole)
+    file = max(glob.glob(f"{workspace}/evals/base/step-00000020/samples_gsm8k_*.jsonl"), key=os.path.getmtime)
+    with open(file) as lines:
+        texts = [json.loads(line)["resps"][0][0] for line in lines]
+    assert texts
+    assert max(map(len, texts)) <= 3  # letters are tokens
+    with caplog.at_level("WARNING", "ingot"):
+        evaluate.run(dataclasses.replace(whole, limit=1))
+    assert "gsm8k of 1 questions with 2 examples takes the place of that of" in caplog.text
+    caplog.clear()
+    evaluate.run(dataclasses.replace(whole, limit=1, max_gen_toks=2))
+    assert "takes the place" not in caplog.text

@@ -114,6 +114,19 @@ def test_exported_folder_is_split_and_answers_as_the_run_in_transformers(workspa
     assert [token for token in theirs if token not in stop] == ours
 
 
+def test_what_the_card_says_to_run_writes_the_runs_own_text(workspace, tmp_path, capsys):
+    folder = str(tmp_path / "out")
+    export.run(ExportJob(workspace=workspace, output=folder))
+    program = storage.read_bytes(f"{folder}/README.md").decode().split("```python\n")[1].split("```")[0]
+    exec(program.replace('"FOLDER"', repr(folder)))
+    printed = capsys.readouterr().out.rstrip("\n")
+    trained = load(OfRun(workspace=workspace))
+    prompt = [trained.tokenizer.bos_id, *trained.tokenizer.encode("The")]
+    stop, size = {trained.tokenizer.eot_id}, trained.tokenizer.vocab_size
+    ours = list(generate(trained.model, prompt, max_new_tokens=50, temperature=0, stop=stop, vocab_size=size))
+    assert printed.removesuffix("<|endoftext|>") == "<|endoftext|>The" + trained.tokenizer.decode(ours)
+
+
 def test_greedy_text_of_200_prompts_is_transformers(workspace, tmp_path):
     folder = str(tmp_path / "out")
     export.run(ExportJob(workspace=workspace, output=folder))

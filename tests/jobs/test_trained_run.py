@@ -163,6 +163,21 @@ def test_validation_loss_is_transformers_loss_on_the_same_sequences(workspace, e
     assert json.loads(storage.read_bytes(f"{workspace}/evals/base/results.json")) == results
 
 
+def test_evaluation_reads_what_pretraining_validated_on_and_redraws_the_page(workspace):
+    run, page = f"{workspace}/runs/base/run.json", f"{workspace}/runs/base/report.html"
+    facts = storage.read_json(run)
+    storage.write_json(run, facts | {"settings": facts.get("settings", {}) | {"validation_samples": 5}})
+    try:
+        expected = evaluate.run(EvaluateJob(workspace=workspace, validation_samples=5))
+        assert not storage.exists(page)  # a run without pages
+        storage.write_bytes(page, b"old")
+        found = evaluate.run(EvaluateJob(workspace=workspace))
+    finally:
+        storage.write_json(run, facts)
+    assert found["validation_loss"] == expected["validation_loss"]
+    assert f"{found['validation_loss']:.3f}" in storage.read_bytes(page).decode()
+
+
 def test_validation_of_a_run_that_masked_documents_reads_each_alone(workspace, exported):
     model, tokenizer = exported
     trained = dataclasses.replace(load(OfRun(workspace=workspace)), masked=True)
