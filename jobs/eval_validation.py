@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def validation(trained: Trained, workspace: str, samples: int, batch: int) -> dict[str, float]:
-    """Loss in nats a token and bits a byte over the first sequences of the validation split.
+    """Loss in nats a token and bits a byte over sequences of the validation split.
 
     The sequences, and what attention sees of them, are those that pretraining validates on, when ``samples`` is its
     ``validation_samples``.

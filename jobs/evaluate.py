@@ -126,16 +126,17 @@ def keep(results: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _replaced(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+def _replaced(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
     """Which tasks were scored before on other questions, or with other examples."""
     earlier = {row["task"]: row for row in before}
     told = {}
-    for row in now:
+    for row in after:
         old = earlier.get(row["task"], row)
         if row["group"] is None and any(old.get(fact) != row.get(fact) for fact in ("items", "n_shot")):
+            was, now = ((one.get("items"), one.get("n_shot")) for one in (old, row))
             told[row["task"]] = (
-                f"{row['task']} of {row.get('items')} questions with {row.get('n_shot')} examples takes the place of that of "
-                f"{old.get('items')} with {old.get('n_shot')}"
+                f"{row['task']} of {now[0]} questions with {now[1]} examples takes the place of that of {was[0]} with "
+                f"{was[1]}"
             )
     return list(told.values())
 
@@ -239,7 +240,7 @@ def scored(settings: EvaluateJob, model: Any, harness: Any | None) -> dict[str, 
     if settings.validation_samples and settings.model is None:
         results |= model.validation(settings.workspace, settings.validation_samples, settings.batch)
         log.info(
-            "evaluate: run %s at step %d, validation loss %.4f, %.4f bits per byte (first %d sequences)",
+            "evaluate: run %s at step %d, validation loss %.4f, %.4f bits per byte (%d sequences)",
             known.name,
             known.step,
             results["validation_loss"],

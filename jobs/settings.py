@@ -308,7 +308,7 @@ class PretrainJob(InWorkspace):
     validate_every: int = 200
     """Steps between validations."""
     validation_samples: int = 256
-    """Sequences of the validation split that are measured each time, from its start."""
+    """Sequences of the validation split that are measured each time, evenly from all of it."""
     validation: Literal["within", "beside"] = "within"
     """within: the workers stop training to validate. beside: a task of its own measures checkpoints, on one CPU core
     and `validation_gpus`, while training goes on; without a free core it waits until training ends."""
@@ -654,8 +654,8 @@ class EvaluateJob(Scoring, Placed):
     workers: int | None = None
     """Copies of the model that work at the same time; null one for each GPU, without GPUs a single one."""
     validation_samples: int | None = None
-    """Sequences of the validation split to measure, from its start; null as many as pretraining did, 0 none. Only of
-    runs, not of a `model`."""
+    """Sequences of the validation split to measure, evenly from all of it; null as many as pretraining did, 0 none.
+    Only of runs, not of a `model`."""
     batch: int = 16
     """Sequences of the validation split that are scored at a time."""
 

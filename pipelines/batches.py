@@ -155,7 +155,9 @@ class Batches:
     def in_order(
         self, n_samples: int, rank: int, world_size: int, rows: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The split's first ``n_samples`` samples unshuffled, shared out over the workers.
+        """``n_samples`` of the split's samples, evenly from its beginning to its end, shared out over the workers.
+
+        Sources lie one after another in a split, so that its first samples would be of the first source alone.
 
         Every worker gets the same number of arrays of the same shape, since collectives need all of them to take part;
         what fills up the last ones weighs nothing.
@@ -166,7 +168,7 @@ class Batches:
         n = min(n_samples, self.n_samples)
         rounds = -(-n // (rows * world_size))
         for index in np.arange(rounds * world_size * rows).reshape(rounds, world_size, rows)[:, rank]:
-            samples = [self._sample(min(int(i), n - 1)) for i in index]
+            samples = [self._sample(min(int(i), n - 1) * self.n_samples // n) for i in index]
             yield np.stack(samples), (index < n).astype(np.float32)
 
     def _sample(self, index: int) -> np.ndarray:

@@ -150,8 +150,8 @@ def test_validation_loss_is_transformers_loss_on_the_same_sequences(workspace, e
     model, tokenizer = exported
     results = evaluate.run(EvaluateJob(workspace=workspace, validation_samples=7, batch=3))
     tokens = ([*tokenizer.encode(TEXT * 30), tokenizer.eos_token_id]) * 2
-    losses, targets = [], []
-    for i in range(7):
+    losses, targets, there = [], [], (len(tokens) - 1) // LENGTH
+    for i in (of * there // 7 for of in range(7)):  # evenly from the whole split
         sample = torch.tensor([tokens[i * LENGTH : (i + 1) * LENGTH + 1]])
         with torch.no_grad():
             losses.append(torch.nn.functional.cross_entropy(model(sample[:, :-1]).logits[0], sample[0, 1:]).item())
@@ -182,9 +182,9 @@ def test_validation_of_a_run_that_masked_documents_reads_each_alone(workspace, e
     model, tokenizer = exported
     trained = dataclasses.replace(load(OfRun(workspace=workspace)), masked=True)
     tokens = ([*tokenizer.encode(TEXT * 30), tokenizer.eos_token_id]) * 2
-    samples = tokens.index(tokenizer.eos_token_id) // LENGTH + 1
-    # the last has the end of one document and the beginning of another
-    assert tokens.index(tokenizer.eos_token_id) < samples * LENGTH - 1
+    samples = (len(tokens) - 1) // LENGTH
+    # one has the end of a document and the beginning of another
+    assert tokens.index(tokenizer.eos_token_id) % LENGTH < LENGTH - 1
     result = validation(trained, workspace, samples, 3)
     losses = []
     for i in range(samples):
